@@ -1,0 +1,70 @@
+# make demo   the main job: a real model through every preset, one table
+# make test   linters, types and tests, on the newest and on the oldest supported transformers
+# make lint   linters and types only
+# make bench  speed of one layer, into results/
+# make clean  remove environments and caches
+#
+# Each target makes the environment it needs. Knobs: PYTHON (which python3 makes them), TORCH (what pip is given to
+# install torch first; TORCH=torch takes the default build of your platform).
+
+PYTHON ?= python3
+TORCH ?= -r constraints-cpu.txt
+OLDEST := transformers==5.17.0
+WORKERS ?= 2
+
+VENV := .venv
+VENV_OLDEST := .venv-oldest
+BIN := $(VENV)/bin
+SETUP := setup.cfg pyproject.toml constraints-cpu.txt
+PIP := pip --disable-pip-version-check install --quiet
+
+# One thread a worker: more of them only wait for each other.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM := false
+PYTEST := -m pytest -n $(WORKERS) --dist worksteal --durations 10
+
+.PHONY: demo test test-newest test-oldest lint bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.demo
+	OMP_NUM_THREADS=$$(nproc 2>/dev/null || echo 2) $(BIN)/kvcompress demo $(ARGS)
+
+test: lint test-newest test-oldest
+
+test-newest: $(VENV)/.test
+	HF_HUB_OFFLINE=1 $(BIN)/python $(PYTEST) tests
+
+test-oldest: $(VENV_OLDEST)/.test
+	HF_HUB_OFFLINE=1 $(VENV_OLDEST)/bin/python $(PYTEST) tests
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.test
+	mkdir -p results
+	OMP_NUM_THREADS=$$(nproc 2>/dev/null || echo 2) $(BIN)/python eval/speed.py --json results/speed.json $(ARGS)
+
+# torch first and by itself, so that the requirements that come later find it there
+$(VENV)/.torch: constraints-cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/$(PIP) $(TORCH)
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch $(SETUP)
+	$(BIN)/$(PIP) -e '.[demo,quanto]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.torch $(SETUP)
+	$(BIN)/$(PIP) -e '.[test]'
+	touch $@
+
+$(VENV_OLDEST)/.test: $(SETUP)
+	$(PYTHON) -m venv $(VENV_OLDEST)
+	$(VENV_OLDEST)/bin/$(PIP) $(TORCH)
+	$(VENV_OLDEST)/bin/$(PIP) -e '.[test]' '$(OLDEST)'
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV_OLDEST) build dist results *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,266 @@
+"""`CompressedCache`, a transformers `DynamicCache` whose layers are packed, and one named class a strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
+
+from .config import CacheConfig, expect
+from .layer import CompressedHybridLayer, CompressedLayer
+from .masks import MaskPlan
+from .measure import tensor_bytes
+from .monitor import Monitor, ReconstructionError
+from .stats import CacheStats, LayerStats
+
+
+class _Offset(int):
+    """A query offset that lets the mask function find the cache whose pass it describes."""
+
+    begin_forward: Any
+
+
+class CompressedCache(DynamicCache):
+    """A `DynamicCache` that packs keys and values into few bits, for `generate(past_key_values=...)`.
+
+    Works under any attention; with `enable(model)` packed pages are read directly and padding takes no room. The
+    defaults are `preset="balanced"`: equalised rotation at 4 bits, 4 exact sinks, 32 or more exact recent tokens.
+
+    Args:
+        config: the model's config. Without it every layer counts as full attention, which is right for any model but
+            keeps tokens that sliding layers no longer need.
+        preset: "near-lossless", "balanced", "small" or "tiny".
+        codec, keys, values: codec names; `codec` sets both.
+        layers: settings of single layers, `{5: {"codec": "int8"}}`.
+        monitor: measure `reconstruction_error` on sampled pages and name layers with NaN or infinity.
+        settings: the fields of `LayerConfig` (page_size, group_size, residual_length, sink_length, sliding).
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig | None = None,
+        *,
+        preset: str | None = None,
+        codec: str | None = None,
+        layers: Mapping[int | str, Mapping[str, Any]] | None = None,
+        monitor: bool | Monitor = False,
+        **settings: Any,
+    ):
+        if config is not None and not isinstance(config, PreTrainedConfig):
+            raise expect("config", "a transformers PreTrainedConfig, such as model.config", type(config).__name__)
+        super().__init__(config=config)
+        known = self.layers if config is not None else None
+        num_layers = len(known) if known is not None else None
+        self.settings = CacheConfig.make(preset=preset, codec=codec, layers=layers, num_layers=num_layers, **settings)
+        self.monitor = Monitor() if monitor is True else (monitor or None)
+        self._recording_past = False
+        self.layers = [self._compressed(index, layer) for index, layer in enumerate(self.layers)]
+        if config is not None:
+            self.layer_class_to_replicate = None
+            if not any(isinstance(layer, CacheLayerMixin) for layer in self.layers):
+                raise expect("config", "a model with attention layers", f"{config.model_type!r}, which has none")
+
+    def _compressed(self, index: int, layer: Any) -> Any:
+        """Our layer in place of transformers' own where it holds keys and values that can be packed."""
+        settings = self.settings.for_layer(index)
+        if type(layer) is DynamicLayer:
+            return CompressedLayer(settings, index, monitor=self.monitor)
+        if type(layer) is LinearAttentionAndFullAttentionLayer:
+            return CompressedHybridLayer(settings, index, layer.number_of_states, monitor=self.monitor)
+        if type(layer) is DynamicSlidingWindowLayer and settings.sliding == "compress":
+            return CompressedLayer(settings, index, layer.sliding_window, self.monitor)
+        return layer  # linear attention, dummies of shared layers, and layer kinds with states of their own
+
+    # -- growing without a config --------------------------------------------------------------------------------------
+
+    def _layer(self, index: int, kind: type = CompressedLayer) -> Any:
+        """The layer with this number; without a config missing ones are made, gaps being layers that hold nothing."""
+        if self.layer_class_to_replicate is None:
+            return self.layers[index]
+        self.layers += [DummyLayer() for _ in range(len(self.layers), index + 1)]
+        layer, settings = self.layers[index], self.settings.for_layer(index)
+        if isinstance(layer, DummyLayer):
+            linear = kind is LinearAttentionLayer
+            layer = LinearAttentionLayer() if linear else CompressedLayer(settings, index, monitor=self.monitor)
+        elif type(layer) is LinearAttentionLayer and kind is CompressedLayer:  # it has attention as well
+            hybrid = CompressedHybridLayer(settings, index, monitor=self.monitor)
+            hybrid.__dict__.update(layer.__dict__)
+            layer = hybrid
+        else:
+            return layer
+        if self._recording_past:
+            layer.activate_past_recording()
+        self.layers[index] = layer
+        return layer
+
+    def activate_past_recording(self) -> None:
+        """Keep what `crop` may take back, until it is called."""
+        self._recording_past = True
+        super().activate_past_recording()
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stage new keys and values `[B, H, q, D]` of a layer; returns those of all positions as lazy tensors."""
+        return self._layer(layer_idx).update(key_states, value_states, *args, **kwargs)
+
+    def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        self._layer(layer_idx, LinearAttentionLayer)
+        return super().get_conv_state(layer_idx, *args, **kwargs)
+
+    def get_recurrent_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        self._layer(layer_idx, LinearAttentionLayer)
+        return super().get_recurrent_state(layer_idx, *args, **kwargs)
+
+    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._layer(layer_idx, LinearAttentionLayer)
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        self._layer(layer_idx, LinearAttentionLayer)
+        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+
+    def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> bool:
+        linear = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers)
+        if layer_idx is None and self.layer_class_to_replicate is not None and not linear:
+            return False
+        return super().has_previous_state(layer_idx, *args, **kwargs)
+
+    # -- what masks ask ------------------------------------------------------------------------------------------------
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Position of the next query; carries a way for the mask function to tell this cache what is padding."""
+        offset = _Offset(super().get_query_offset(layer_idx))
+        offset.begin_forward = self._begin_forward
+        return offset
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        if self.layer_class_to_replicate is not None and not any(isinstance(x, CacheLayerMixin) for x in self.layers):
+            return 0  # a hybrid model whose attention layers have not been seen yet
+        return super().get_seq_length(layer_idx)
+
+    def _begin_forward(self, plan: MaskPlan) -> None:
+        for layer in self.packed_layers():
+            layer.plan = plan
+
+    # -- what is held --------------------------------------------------------------------------------------------------
+
+    def packed_layers(self) -> Iterator[CompressedLayer]:
+        """The layers that this package stores."""
+        return (layer for layer in self.layers if isinstance(layer, CompressedLayer))
+
+    def commit(self) -> None:
+        """Store passes in flight now, instead of at the next pass (only a plain attention leaves any)."""
+        for layer in self.packed_layers():
+            layer.commit()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storage of every tensor held, metadata and allocated slack included."""
+        self.commit()
+        return tensor_bytes(self.layers)
+
+    @property
+    def reconstruction_error(self) -> dict[int, dict[str, ReconstructionError]]:
+        """Error of sampled sealed tokens by layer, `{0: {"key": ..., "value": ...}}`; needs `monitor=True`."""
+        if self.monitor is None:
+            raise ValueError("reconstruction_error: expected a cache made with monitor=True, got monitor=False")
+        self.commit()
+        return self.monitor.result()
+
+    def stats(self) -> CacheStats:
+        """What the cache holds and saves, in total and by layer."""
+        self.commit()
+        return CacheStats([LayerStats.of(i, layer) for i, layer in enumerate(self.layers)], self.nbytes)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, None]]:
+        """Keys and values of each layer in full, `[B, H, T, D]` in the model's dtype."""
+        for layer in self.layers:
+            if isinstance(layer, CompressedLayer):
+                layer.commit()
+                ready = layer.storage is not None
+                yield (layer.dense("key"), layer.dense("value"), None) if ready else (None, None, None)
+            elif isinstance(layer, CacheLayerMixin):
+                yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
+            else:
+                yield None, None, None
+
+    def __repr__(self) -> str:
+        default = self.settings.default
+        return f"{type(self).__name__}(keys={default.keys}, values={default.values}, tokens={self.get_seq_length()})"
+
+    def _repr_html_(self) -> str:
+        return self.stats()._repr_html_()
+
+
+class KIVICache(CompressedCache):
+    """Keys per channel, values per token, asymmetric integers (KIVI, arXiv 2402.02750).
+
+    Args:
+        nbits: 2, 3, 4 or 8.
+        group_size: numbers that share a scale.
+        residual_length: newest tokens kept exact.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig | None = None,
+        nbits: int = 2,
+        group_size: int = 64,
+        residual_length: int = 128,
+        **settings: Any,
+    ):
+        codec = f"kivi{nbits}"
+        super().__init__(config, codec=codec, group_size=group_size, residual_length=residual_length, **settings)
+
+
+class TurboQuantCache(CompressedCache):
+    """Randomly rotated keys and values with Lloyd-Max levels (TurboQuant, arXiv 2504.19874, without the QJL bit).
+
+    Args:
+        nbits: 2, 3 or 4.
+    """
+
+    def __init__(self, config: PreTrainedConfig | None = None, nbits: int = 4, **settings: Any):
+        super().__init__(config, codec=f"turbo{nbits}", **settings)
+
+
+class EqRotCache(CompressedCache):
+    """Equalised rotation: mean removed, query/key-equalised, Hadamard-rotated, uniform codes. The default family.
+
+    Args:
+        nbits: 2, 3 or 4, for keys and values alike.
+    """
+
+    def __init__(self, config: PreTrainedConfig | None = None, nbits: int = 4, **settings: Any):
+        super().__init__(config, codec=f"eqrot{nbits}", **settings)
+
+
+class FP8Cache(CompressedCache):
+    """float8 e4m3 with one scale a token."""
+
+    def __init__(self, config: PreTrainedConfig | None = None, **settings: Any):
+        super().__init__(config, codec="fp8", **settings)
+
+
+class Int8Cache(CompressedCache):
+    """8-bit integers with one scale a token: the "near-lossless" preset."""
+
+    def __init__(self, config: PreTrainedConfig | None = None, **settings: Any):
+        super().__init__(config, codec="int8", **settings)

@@ -1,0 +1,34 @@
+"""The `kvcompress` command. Each subcommand is a module of `commands`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+def build() -> Any:
+    """The typer application with all subcommands."""
+    import typer
+
+    from .commands.demo import demo
+    from .commands.doctor import doctor
+
+    app = typer.Typer(help="Compressed key-value caches for transformers.", no_args_is_help=True, add_completion=False)
+    app.command()(demo)
+    app.command()(doctor)
+    return app
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        import rich  # noqa: F401
+        import typer  # noqa: F401
+    except ImportError as error:
+        print(f"kvcompress needs {error.name}: pip install 'hf_kvcompress[cli]'", file=sys.stderr)
+        raise SystemExit(2) from None
+    build()(prog_name="kvcompress")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Codecs by name: one file each, one registry line each."""

@@ -1,0 +1,133 @@
+"""What a codec is: how a run of tokens of one layer is packed, read back, and used without being read back.
+
+A codec knows one role ("key" or "value") and works on any leading axes, so the layer can hand it every row, head and
+segment at once. It never sees positions, padding or transformers.
+
+    B rows, H key-value heads, S segments, T tokens of a segment, D head size, M query rows of one key-value head
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Literal
+
+import torch
+
+Role = Literal["key", "value"]
+Packed = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Field:
+    """One tensor of the packed form: an entry of `shape` for every `tokens` tokens (None: one for a whole segment).
+
+    Stored as `[B, H, S, T // tokens, *shape]`, or `[B, H, S, *shape, T // tokens]` when `tokens_last`; a field of a
+    whole segment is `[B, H, S, *shape]`.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    tokens: int | None = 1
+    tokens_last: bool = False
+
+    def stored_shape(self, leading: tuple[int, ...], tokens: int) -> tuple[int, ...]:
+        """Shape of the stored tensor for `leading` axes and a segment of `tokens` tokens."""
+        if self.tokens is None:
+            return (*leading, *self.shape)
+        units = tokens // self.tokens
+        return (*leading, *self.shape, units) if self.tokens_last else (*leading, units, *self.shape)
+
+    def bits_per_token(self, segment_length: int) -> float:
+        """Bits that one token of a full segment takes in this field."""
+        entry = self.dtype.itemsize * 8
+        for size in self.shape:
+            entry *= size
+        return entry / (self.tokens or segment_length)
+
+
+class Codec(ABC):
+    """Packs pages of `page_size` tokens of `dim` numbers each.
+
+    Args:
+        nbits: bits of one code.
+        role: "key" or "value"; a codec may treat the two differently.
+        dim: head size D.
+        page_size: tokens that are packed at once; `encode` gets a multiple of it.
+        group_size: numbers that share a scale, for codecs with groups.
+    """
+
+    family: ClassVar[str]
+    supported_bits: ClassVar[tuple[int, ...]]
+    #: every token is packed by itself (given its segment's statistics), so tokens can be gathered without re-encoding
+    token_wise: ClassVar[bool] = True
+    #: the mean square of the queries improves the key statistics
+    wants_queries: bool = False
+    #: bfloat16 lets products on CPU round like a half precision model does; float32 is exact
+    compute_dtype: torch.dtype = torch.float32
+
+    def __init__(self, nbits: int, role: Role, dim: int, page_size: int = 64, group_size: int = 64):
+        self.nbits, self.role, self.dim, self.page_size, self.group_size = nbits, role, dim, page_size, group_size
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}{self.nbits}"
+
+    @property
+    @abstractmethod
+    def fields(self) -> dict[str, Field]:
+        """The tensors of the packed form."""
+
+    @cached_property
+    def statistics(self) -> tuple[str, ...]:
+        """Names of the fields that hold for a whole segment."""
+        return tuple(name for name, field in self.fields.items() if field.tokens is None)
+
+    def bits(self, segment_length: int) -> float:
+        """Bits per number, metadata included, in a full segment of `segment_length` tokens."""
+        return sum(f.bits_per_token(segment_length) for f in self.fields.values()) / self.dim
+
+    def begin_segment(self, x: torch.Tensor, query_ms: torch.Tensor | None = None) -> Packed:
+        """Statistics of a segment, from the tokens that are there when its first pages are packed.
+
+        x: `[..., T, D]` real tokens only; query_ms: `[..., D]` mean square of the queries that read these keys, or None.
+        Returns the fields with `tokens=None`, each `[..., *shape]`. Non-finite numbers must not spoil them.
+        """
+        return {}
+
+    @abstractmethod
+    def encode(self, x: torch.Tensor, segment: Packed) -> Packed:
+        """Pack `x` `[..., T, D]` (any float dtype, T a multiple of page_size) with its segment's statistics.
+
+        Returns the fields with `tokens` set, each `[..., T // tokens, *shape]` or, tokens_last, `[..., *shape, T // tokens]`.
+        """
+
+    @abstractmethod
+    def decode(self, packed: Packed) -> torch.Tensor:
+        """Read back `[..., T, D]` in float32. `packed` holds all fields, segment statistics included."""
+
+    @abstractmethod
+    def tolerance(self, x: torch.Tensor, segment: Packed) -> torch.Tensor:
+        """Declared bound on `|decode - x|`'s L2 norm over D for each token, `[..., T]` (exact numbers, not estimates)."""
+
+    # -- use without reading back; the defaults read back, the fast paths do not ---------------------------------------
+
+    def scores(self, q: torch.Tensor, packed: Packed) -> torch.Tensor:
+        """`q @ decode(packed).mT`: q `[B, H, M, D]` float32, packed `[B, H, S, ...]` -> `[B, H, M, S * T]` float32.
+
+        `q` already carries the softmax scale.
+        """
+        keys = self.decode(packed).flatten(2, 3)  # [B, H, S * T, D]
+        return q @ keys.mT
+
+    def mix(self, p: torch.Tensor, packed: Packed) -> torch.Tensor:
+        """`p @ decode(packed)` up to `finish`: p `[B, H, M, S * T]` float32 -> `[B, H, M, D]` float32.
+
+        Results of several calls are added before one `finish`, so a codec may sum in its own basis.
+        """
+        return p @ self.decode(packed).flatten(2, 3)
+
+    def finish(self, acc: torch.Tensor) -> torch.Tensor:
+        """Take a sum of `mix` results `[B, H, M, D]` from the codec's basis back to the value's own."""
+        return acc

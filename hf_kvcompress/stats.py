@@ -1,0 +1,135 @@
+"""What a cache holds and saves: a mapping that also prints as a table, in a terminal and in a notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from html import escape
+from typing import Any
+
+from .layer import CompressedLayer
+from .measure import tensor_bytes
+
+MB = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """One layer: token counts are summed over rows, bytes over all its tensors."""
+
+    layer: int
+    kind: str
+    keys: str
+    values: str
+    bits: float
+    tokens_stored: int
+    tokens_sealed: int
+    pages: int
+    bytes_held: int
+    bytes_used: int
+    bytes_uncompressed: int
+
+    @classmethod
+    def of(cls, index: int, layer: Any) -> LayerStats:
+        held = tensor_bytes(layer)
+        if not isinstance(layer, CompressedLayer):
+            return cls(index, type(layer).__name__, "-", "-", 16.0, 0, 0, 0, held, held, held)
+        kind = "full" if layer.sliding_window is None else f"sliding {layer.sliding_window}"
+        settings = layer.config
+        storage = layer.storage
+        if storage is None:
+            return cls(index, kind, settings.keys, settings.values, 0.0, 0, 0, 0, held, held, held)
+        stored = storage.tokens_stored()
+        sealed = sum(stored) - sum(storage.window.sinks) - sum(storage.window.recent)
+        numbers = sum(storage.heads[role] * storage.dims[role] for role in ("key", "value"))
+        uncompressed = sum(stored) * numbers * storage.dtype.itemsize
+        packed = storage.pages.used_bytes()
+        other = held - tensor_bytes([storage.window.keys, storage.window.values, *storage.pages.tensors()])
+        used = storage.window.used_bytes() + packed + other
+        sealed_in_slabs = storage.pages.tokens_in_slabs()
+        bits = packed * 8 / (sealed_in_slabs * numbers) if sealed_in_slabs else 0.0
+        pages = sealed // storage.pages.page_size
+        return cls(
+            index, kind, settings.keys, settings.values, bits, sum(stored), sealed, pages, held, used, uncompressed
+        )
+
+
+class CacheStats(Mapping[str, Any]):
+    """Totals of a cache, by name (`stats["compression_ratio"]`), with `layers` for the single ones.
+
+    Bytes are counted from the tensors that are there: `nbytes` is everything held, `slack_bytes` the part that is
+    allocated and not filled yet. The ratio is what the stored tokens would take in the model's dtype over `nbytes`.
+    """
+
+    def __init__(self, layers: list[LayerStats], nbytes: int):
+        self.layers = layers
+        uncompressed = sum(layer.bytes_uncompressed for layer in layers)
+        packed = [layer for layer in layers if layer.tokens_stored]
+        tokens = max((layer.tokens_stored for layer in packed), default=0)
+        self._totals: dict[str, Any] = {
+            "nbytes": nbytes,
+            "slack_bytes": nbytes - sum(layer.bytes_used for layer in layers),
+            "uncompressed_bytes": uncompressed,
+            "compression_ratio": uncompressed / nbytes if nbytes else 1.0,
+            "memory_saved_mb": (uncompressed - nbytes) / MB,
+            "compressed_pages": sum(layer.pages for layer in layers),
+            "tokens_stored": tokens,
+            "bits_per_layer": {layer.layer: round(layer.bits, 3) for layer in packed},
+        }
+
+    def __getitem__(self, name: str) -> Any:
+        return self._totals[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._totals)
+
+    def __len__(self) -> int:
+        return len(self._totals)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: the totals and every layer."""
+        return {**self._totals, "layers": [asdict(layer) for layer in self.layers]}
+
+    def _rows(self) -> list[list[str]]:
+        return [
+            [
+                str(layer.layer),
+                layer.kind,
+                f"{layer.keys} / {layer.values}",
+                f"{layer.bits:.2f}",
+                f"{layer.tokens_stored:,}",
+                f"{layer.pages:,}",
+                f"{layer.bytes_held / MB:.2f}",
+                f"{layer.bytes_uncompressed / max(layer.bytes_held, 1):.2f}",
+            ]
+            for layer in self.layers
+        ]
+
+    _HEADER = ["layer", "kind", "keys / values", "bits", "tokens", "pages", "MB", "ratio"]
+
+    def _title(self) -> str:
+        return (
+            f"{self['nbytes'] / MB:.2f} MB held ({self['slack_bytes'] / MB:.2f} MB slack), "
+            f"{self['uncompressed_bytes'] / MB:.2f} MB uncompressed: {self['compression_ratio']:.2f}x"
+        )
+
+    def __repr__(self) -> str:
+        rows = [self._HEADER, *self._rows()]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(self._HEADER))]
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        return "\n".join([self._title(), *lines])
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        table = Table(title=self._title())
+        for name in self._HEADER:
+            table.add_column(name, justify="right")
+        for row in self._rows():
+            table.add_row(*row)
+        return table
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{escape(name)}</th>" for name in self._HEADER)
+        body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in self._rows())
+        return f"<p>{escape(self._title())}</p><table><tr>{head}</tr>{body}</table>"
