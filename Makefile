@@ -1,7 +1,7 @@
 # make demo   the main job: a real model through every preset, one table
 # make test   linters, types and tests, on the newest and on the oldest supported transformers
 # make lint   linters and types only
-# make bench  speed of one layer, into results/
+# make bench  a decode step of one large layer, into results/
 # make clean  remove environments and caches
 #
 # Each target makes the environment it needs. Knobs: PYTHON (which python3 makes them), TORCH (what pip is given to
@@ -44,7 +44,7 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.test
 	mkdir -p results
-	OMP_NUM_THREADS=$$(nproc 2>/dev/null || echo 2) $(BIN)/python eval/speed.py --json results/speed.json $(ARGS)
+	OMP_NUM_THREADS=$$(nproc 2>/dev/null || echo 2) $(BIN)/python eval/bench_decode.py --json results/decode.json $(ARGS)
 
 # torch first and by itself, so that the requirements that come later find it there
 $(VENV)/.torch: constraints-cpu.txt

@@ -2,7 +2,8 @@
 
     python eval/quality.py --caches near-lossless,balanced,small,tiny --text novel.txt --json results/quality.json
 
-One aligned line a cache and text, then a line of means. How the numbers are made: docs/evaluation.md.
+One aligned line a cache and text, then a line of means. How the numbers are made: docs/evaluation.md. Bytes and speed
+are in `kvcompress demo`, which holds its caches in the model's own dtype.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_kvcompress.commands.compare import packed_bits
 from hf_kvcompress.commands.contenders import BASELINE, Contender, contender
 from hf_kvcompress.config import PRESETS
 from hf_kvcompress.environment import devices, versions
 from hf_kvcompress.integrations.demo_model import demo_model
-from hf_kvcompress.measure import tensor_bytes
 from hf_kvcompress.scoring import Score, decode, hide_passkey, read_text, score, standard_text, tokenize
 
-HEADER = f"{'cache':24} {'text':16} {'PPL':>8} {'dPPL':>8} {'KL':>8} {'top-1':>6} {'MB':>8} {'ratio':>6} {'keys':>6} {'s':>6}"
+HEADER = f"{'cache':24} {'text':16} {'bits':>6} {'PPL':>8} {'dPPL':>8} {'KL':>8} {'top-1':>6} {'keys':>6} {'s':>6}"
 
 
 def arguments() -> argparse.Namespace:
@@ -67,23 +68,20 @@ def measure(model: Any, entrant: Contender, ids: torch.Tensor, args: argparse.Na
     """One cache on one text; `base` is the uncompressed measurement of the same text, empty for itself."""
     reference: Score | None = base.get("score")
     got = score(model, ids, entrant.make, args.prompt_tokens, args.step, reference=reference)
-    nbytes = got.cache.nbytes if hasattr(got.cache, "nbytes") else tensor_bytes(got.cache)
     return {
         "score": got,
         "perplexity": got.perplexity,
         "delta_perplexity": got.perplexity - (reference or got).perplexity,
         "mean_kl": got.mean_kl,
         "top1_agreement": got.top1_agreement,
-        "nbytes": nbytes,
-        "ratio": base.get("nbytes", nbytes) / nbytes,
+        "bits": packed_bits(got.cache) or model.dtype.itemsize * 8.0,
     }
 
 
 def line(name: str, text: str, row: dict[str, Any]) -> str:
     return (
-        f"{name:24} {text:16} {row['perplexity']:8.3f} {row['delta_perplexity']:+8.3f} {row['mean_kl']:8.5f} "
-        f"{row['top1_agreement']:6.3f} {row['nbytes'] / 2**20:8.2f} {row['ratio']:6.2f} "
-        f"{row.get('passkeys', ''):>6} {row['seconds']:6.1f}"
+        f"{name:24} {text:16} {row['bits']:6.2f} {row['perplexity']:8.3f} {row['delta_perplexity']:+8.3f} "
+        f"{row['mean_kl']:8.5f} {row['top1_agreement']:6.3f} {row.get('passkeys', ''):>6} {row['seconds']:6.1f}"
     )
 
 

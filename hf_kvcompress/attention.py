@@ -55,7 +55,11 @@ def kvcompress_attention(
     layer = source_of(key, "key")
     if not isinstance(layer, CompressedLayer) or source_of(value, "value") is not layer:
         return _dense_attention(module, query, key, value, attention_mask, scaling, extras, kwargs), None
-    layer.observe_queries(query)
+    plan = source_of(attention_mask, "mask")
+    if isinstance(plan, MaskPlan):  # an encoder-decoder cache does not tell its parts beforehand
+        layer.describe(plan)
+    if getattr(module, "is_causal", True):  # in cross attention nothing says which queries are padding
+        layer.observe_queries(query)
     chunk = layer.chunk
     if chunk is not None and chunk.start == 0:
         out = _dense_attention(module, query, chunk.keys, chunk.values, attention_mask, scaling, extras, kwargs)
@@ -198,6 +202,7 @@ def _attend(
     layer: CompressedLayer, query: torch.Tensor, which: slice, mask: Mask, scaling: float, extras: Extras
 ) -> torch.Tensor:
     """One block of queries, `which` of the pass: `[B, H, G * q, Dv]` float32."""
+    assert layer.storage is not None
     batch, query_heads, length, _ = query.shape
     storage, codecs = layer.storage, layer.storage.pages.codecs
     heads = storage.heads["key"]

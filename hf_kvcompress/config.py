@@ -18,6 +18,7 @@ PRESETS: dict[str, dict[str, str]] = {
     "tiny": {"keys": "eqrot3", "values": "eqrot2"},
 }
 PAGE_SIZES = (8, 16, 32, 64, 128)
+PAGE_SIZE = 32
 ENVIRONMENT = "HF_KVCOMPRESS_"
 
 
@@ -52,7 +53,8 @@ class LayerConfig:
 
     Args:
         keys, values: codec names.
-        page_size: tokens that are packed at once (8, 16, 32, 64 or 128).
+        page_size: tokens that are packed at once (8, 16, 32, 64 or 128); None takes 32, or the group size of codecs
+            whose groups run along tokens.
         group_size: numbers that share a scale, in codecs with groups.
         residual_length: newest tokens that always stay exact.
         sink_length: first tokens that always stay exact, in layers with full attention.
@@ -61,7 +63,7 @@ class LayerConfig:
 
     keys: str = "eqrot4"
     values: str = "eqrot4"
-    page_size: int = 64
+    page_size: int | None = None
     group_size: int = 64
     residual_length: int = 32
     sink_length: int = 4
@@ -70,17 +72,26 @@ class LayerConfig:
     def __post_init__(self) -> None:
         for name in ("keys", "values"):
             _codec(name, getattr(self, name))
-        if self.page_size not in PAGE_SIZES:
-            raise expect("page_size", f"one of {', '.join(map(str, PAGE_SIZES))}", self.page_size)
         for name, least in (("group_size", 1), ("residual_length", 1), ("sink_length", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise expect(name, f"a whole number of at least {least}", value)
-        for name in ("keys", "values"):
-            family, _ = _codec(name, getattr(self, name))
-            if family in ("channel", "kivi") and self.page_size % min(self.group_size, self.page_size):
-                raise expect("group_size", f"a divisor of page_size {self.page_size}", self.group_size)
+        if self.tokens_per_page not in PAGE_SIZES:
+            name = "group_size" if self.page_size is None else "page_size"
+            raise expect(name, f"one of {', '.join(map(str, PAGE_SIZES))}", self.tokens_per_page)
+        if self._groups_of_tokens and self.tokens_per_page % self.group_size:
+            raise expect("group_size", f"a divisor of page_size {self.tokens_per_page}", self.group_size)
         choose("sliding", self.sliding, ("compress", "exact"))
+
+    @property
+    def _groups_of_tokens(self) -> bool:
+        """A codec's groups run along the tokens of a page."""
+        return bool({_codec(name, getattr(self, name))[0] for name in ("keys", "values")} & {"channel", "kivi"})
+
+    @property
+    def tokens_per_page(self) -> int:
+        """`page_size`, or what it is when none is given."""
+        return self.page_size or (max(self.group_size, PAGE_SIZE) if self._groups_of_tokens else PAGE_SIZE)
 
 
 @dataclass(frozen=True)

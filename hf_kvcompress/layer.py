@@ -86,14 +86,19 @@ class CompressedLayer(CacheLayerMixin):
             )
         if self.monitor is not None:
             self.monitor.check_finite(self.index, key_states, value_states)
-        length = key_states.shape[2]
-        describes_this = plan is not None and plan.start == self.seen and plan.q_length == length
-        kept = plan.kept() if plan is not None and describes_this else None
-        self.chunk = Chunk(key_states, value_states, self.seen, kept)
-        self.seen += length
+        self.chunk = Chunk(key_states, value_states, self.seen, kept=None)
+        self.describe(plan)
+        self.seen += key_states.shape[2]
         if key_states.requires_grad or value_states.requires_grad:  # autograd cannot see through a lazy tensor
             return self.dense("key"), self.dense("value")
         return self._lazy("key"), self._lazy("value")
+
+    def describe(self, plan: MaskPlan | None) -> None:
+        """Take from a mask what is padding in the pass in flight, if the mask is of this pass."""
+        chunk = self.chunk
+        if plan is not None and chunk is not None and chunk.kept is None:
+            if plan.start == chunk.start and plan.q_length == chunk.keys.shape[2]:
+                chunk.kept = plan.kept()
 
     def observe_queries(self, queries: torch.Tensor) -> None:
         """Show the pass's queries `[B, Hq, q, D]` to the codec of the keys, if it wants them."""

@@ -185,4 +185,4 @@ def kvcompress_mask(**arguments: Any) -> torch.Tensor:
 
     if begin is not None:  # the offset came from one of our caches, which wants to know what is padding
         begin(plan)
-    return LazyTensor(shape, torch.bool, plan.device, dense, plan, "mask")
+    return LazyTensor(shape, torch.bool, torch.device(plan.device), dense, plan, "mask")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from .codecs.base import Codec, Role
 from .codecs.registry import make_codec
 from .config import LayerConfig
 from .monitor import Monitor
@@ -44,19 +45,19 @@ class LayerStorage:
         self.heads = {"key": heads, "value": values.shape[1]}
         self.dims = {"key": key_dim, "value": values.shape[-1]}
         sinks = config.sink_length if sliding_window is None else 0
-        room = config.residual_length + 2 * config.page_size
+        room = config.residual_length + config.tokens_per_page  # what comes on top is sealed before it is stored
         self.window = ExactWindow(batch, heads, key_dim, values.shape[-1], sinks, room, self.dtype, self.device)
-        common = {"page_size": config.page_size, "group_size": config.group_size, "dtype": self.dtype}
-        codecs = [
-            make_codec(name, role, self.dims[role], **common)
-            for name, role in ((config.keys, "key"), (config.values, "value"))
-        ]
-        for codec in codecs:
-            codec.compute_dtype = torch.bfloat16 if self.dtype.itemsize == 2 else torch.float32
-        segment = max(SLIDING_SEGMENT, config.page_size) if sliding_window is not None else None
+        codecs = self._codec(config.keys, "key"), self._codec(config.values, "value")
+        segment = max(SLIDING_SEGMENT, config.tokens_per_page) if sliding_window is not None else None
         self.pages = PageStore(codecs[0], codecs[1], batch, heads, self.device, segment)
         self.positions = Positions(batch)
         self.queries = QueryStatistics(batch, heads)
+
+    def _codec(self, name: str, role: Role) -> Codec:
+        page_size, group_size = self.config.tokens_per_page, self.config.group_size
+        made = make_codec(name, role, self.dims[role], page_size=page_size, group_size=group_size, dtype=self.dtype)
+        made.compute_dtype = torch.bfloat16 if self.dtype.itemsize == 2 else torch.float32
+        return made
 
     @property
     def batch(self) -> int:

@@ -47,7 +47,7 @@ def parse(name: str, argument: str = "codec") -> tuple[str, int]:
         expected = " or ".join(map(str, lacking)) + " bits" if lacking else "no bits"
         got = f"{match[2]} bits" if match[2] else "no bits"
         raise ValueError(
-            f"codec: expected {expected} for family {match[1]!r}, got {got} in {name!r}; nearest: {near!r}"
+            f"{argument}: expected {expected} for family {match[1]!r}, got {got} in {name!r}; nearest: {near!r}"
         )
     raise ValueError(f"{argument}: expected one of {', '.join(codec_names())}; got {name!r}; nearest: {near!r}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 
 import torch
@@ -76,7 +77,7 @@ class TokenIntCodec(IntegerCodec):
         columns = self._columns(x.reshape(-1, x.shape[-2], self.dim))
         size = columns.abs().amax(0)
         _, meta = self._encode_columns(columns, segment, 1)
-        steps = meta["scale"].float().square_().sum((0, 1)).mul_(self.group_size).sqrt_()
+        steps = torch.linalg.vector_norm(meta["scale"].double(), dim=(0, 1)).mul_(math.sqrt(self.group_size)).float()
         return (steps * 0.501 + size * (2e-6 * self.dim**0.5)).view(x.shape[:-1])
 
     def scores(self, q: torch.Tensor, packed: Packed) -> torch.Tensor:

@@ -115,17 +115,11 @@ def _fill(row: Row, first: Row, decoded: Decoded, scored: Score, reference: Scor
     cache = decoded.cache
     row.nbytes = cache.nbytes if hasattr(cache, "nbytes") else tensor_bytes(cache)
     row.ratio = (first.nbytes or row.nbytes) / row.nbytes
-    if hasattr(cache, "stats"):
-        stats = cache.stats()
-        row.stored_ratio = stats["compression_ratio"]
-        bits = list(stats["bits_per_layer"].values())
-        row.bits = sum(bits) / len(bits) if bits else None
-    elif row is first:
-        row.stored_ratio, row.bits = 1.0, float(task.model.dtype.itemsize * 8)
-    else:
-        names = ("_quantized_keys", "_quantized_values")  # where transformers' quantized layers keep theirs
-        packed = [getattr(layer, name) for layer in cache.layers for name in names if hasattr(layer, name)]
-        row.bits = 8 * tensor_bytes(packed) / sum(part.numel() for part in packed) if packed else None
+    row.bits = packed_bits(cache) or float(task.model.dtype.itemsize * 8)
+    if row is first:
+        row.stored_ratio = 1.0
+    elif hasattr(cache, "stats"):
+        row.stored_ratio = cache.stats()["compression_ratio"]
     row.perplexity = scored.perplexity
     row.delta_perplexity = scored.perplexity - reference.perplexity
     row.mean_kl, row.top1_agreement = scored.mean_kl, scored.top1_agreement
@@ -133,3 +127,13 @@ def _fill(row: Row, first: Row, decoded: Decoded, scored: Score, reference: Scor
     row.answer = answer.strip()
     row.passkey_found = task.passkey.found_in(answer)
     row.prefill_tokens_per_second, row.decode_tokens_per_second = decoded.prefill_rate, decoded.decode_rate
+
+
+def packed_bits(cache: Any) -> float | None:
+    """Bits of a packed number, scales included, mean over layers; None for a cache that packs nothing."""
+    if hasattr(cache, "stats"):
+        bits = [bits for bits in cache.stats()["bits_per_layer"].values() if bits]
+        return sum(bits) / len(bits) if bits else None
+    names = ("_quantized_keys", "_quantized_values")  # where transformers' quantized layers keep theirs
+    packed = [getattr(layer, name) for layer in cache.layers for name in names if hasattr(layer, name)]
+    return 8 * tensor_bytes(packed) / sum(part.numel() for part in packed) if packed else None
