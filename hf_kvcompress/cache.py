@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig, cache_utils
 from transformers.cache_utils import (
     CacheLayerMixin,
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -23,6 +22,23 @@ from .masks import MaskPlan
 from .measure import tensor_bytes
 from .monitor import Monitor, ReconstructionError
 from .stats import CacheStats, LayerStats
+
+
+class EmptyLayer(getattr(cache_utils, "DummyLayer", object)):  # type: ignore[misc]
+    """Stands for a layer that holds nothing; older transformers have no such class of their own."""
+
+    is_compileable = is_croppable = is_initialized = True
+    supports_early_init = False
+    keys = values = None
+
+    def __init__(self) -> None: ...
+
+    def _nothing(self, *args: Any, **kwargs: Any) -> None: ...
+
+    offload = prefetch = reset = crop = reorder_cache = batch_repeat_interleave = batch_select_indices = _nothing
+
+    def get_max_length(self) -> int:
+        return -1
 
 
 class _Offset(int):
@@ -91,9 +107,9 @@ class CompressedCache(DynamicCache):
         """The layer with this number; without a config missing ones are made, gaps being layers that hold nothing."""
         if self.layer_class_to_replicate is None:
             return self.layers[index]
-        self.layers += [DummyLayer() for _ in range(len(self.layers), index + 1)]
+        self.layers += [EmptyLayer() for _ in range(len(self.layers), index + 1)]
         layer, settings = self.layers[index], self.settings.for_layer(index)
-        if isinstance(layer, DummyLayer):
+        if isinstance(layer, EmptyLayer):
             linear = kind is LinearAttentionLayer
             layer = LinearAttentionLayer() if linear else CompressedLayer(settings, index, monitor=self.monitor)
         elif type(layer) is LinearAttentionLayer and kind is CompressedLayer:  # it has attention as well

@@ -189,6 +189,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest `-tokens_to_remove` positions; the rest of a cut page returns to the window, decoded."""
+        tokens_to_remove = int(tokens_to_remove)  # older transformers pass a tensor
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove: expected 0 or a negative number of tokens, got {tokens_to_remove}")
         if self.storage is None:

@@ -63,6 +63,7 @@ class PageStore:
         self.heads, self.device, self.segment_length = heads, device, segment_length
         self.page_size = key_codec.page_size
         self.slabs: list[Slab] = []
+        self.histories: dict[str, Packed] = {"key": {}, "value": {}}  # each tensor `[B, H, 1, ...]`
         self.counts = [0] * batch  # sealed tokens of each row, those that have left a sliding window included
 
     # -- room ----------------------------------------------------------------------------------------------------------
@@ -143,19 +144,32 @@ class PageStore:
             if low == segment_start:
                 known = x[:, :, : segment_end - low].unsqueeze(2)
                 ms = query_ms[:, :, None] if query_ms is not None and role == "key" else None
-                for name, statistic in codec.begin_segment(known, ms).items():
+                history = self._history(role, at, low)
+                for name, statistic in codec.begin_segment(known, ms, history).items():
                     packed[name][at] = statistic
             elif low == slab.start:  # a further slab of the same segment
                 assert before is not None
                 for name in codec.statistics:
                     packed[name][at] = before.packed(role)[name][at]
             statistics = {name: packed[name][at] for name in codec.statistics}
+            self._learn(role, at, low, x[:, :, None, :tokens])
             inside = low - slab.start
             for name, entry in codec.encode(x[:, :, None, :tokens], statistics).items():
                 field = codec.fields[name]
                 assert field.tokens is not None
                 units = slice(inside // field.tokens, (inside + tokens) // field.tokens)
                 packed[name][(*at, ..., units) if field.tokens_last else (*at, units)] = entry
+
+    def _history(self, role: str, at: tuple[Any, ...], sealed: int) -> Packed:
+        return {name: t[at] for name, t in self.histories[role].items()} if sealed else {}
+
+    def _learn(self, role: str, at: tuple[Any, ...], sealed: int, x: torch.Tensor) -> None:
+        """Let the codec remember tokens that rows with `sealed` tokens before are about to seal."""
+        kept = self.histories[role]
+        for name, learned in self.codecs[role].learn(self._history(role, at, sealed), x).items():
+            if name not in kept:
+                kept[name] = learned.new_zeros(len(self.counts), *learned.shape[1:])
+            kept[name][at] = learned
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -188,6 +202,8 @@ class PageStore:
         for slab in self.slabs:
             slab.keys = {name: t.index_select(0, rows) for name, t in slab.keys.items()}
             slab.values = {name: t.index_select(0, rows) for name, t in slab.values.items()}
+        for history in self.histories.values():
+            history.update({name: t.index_select(0, rows) for name, t in history.items()})
 
     def drop_before(self, token: int) -> None:
         """Give back the slabs that end at or before token number `token`."""
@@ -205,6 +221,8 @@ class PageStore:
         for slab in self.slabs:
             yield from slab.keys.values()
             yield from slab.values.values()
+        for history in self.histories.values():
+            yield from history.values()
 
     def tokens_in_slabs(self) -> int:
         """Sealed tokens that are still held, over all rows."""

@@ -88,11 +88,21 @@ class Codec(ABC):
         """Bits per number, metadata included, in a full segment of `segment_length` tokens."""
         return sum(f.bits_per_token(segment_length) for f in self.fields.values()) / self.dim
 
-    def begin_segment(self, x: torch.Tensor, query_ms: torch.Tensor | None = None) -> Packed:
+    def learn(self, history: Packed, x: torch.Tensor) -> Packed:
+        """What a codec remembers of all tokens packed so far, after `x` `[..., T, D]` more; `{}` before the first.
+
+        It helps statistics of a segment of which few tokens are known. The default remembers nothing.
+        """
+        return {}
+
+    def begin_segment(
+        self, x: torch.Tensor, query_ms: torch.Tensor | None = None, history: Packed | None = None
+    ) -> Packed:
         """Statistics of a segment, from the tokens that are there when its first pages are packed.
 
-        x: `[..., T, D]` real tokens only; query_ms: `[..., D]` mean square of the queries that read these keys, or None.
-        Returns the fields with `tokens=None`, each `[..., *shape]`. Non-finite numbers must not spoil them.
+        x: `[..., T, D]` real tokens only; query_ms: `[..., D]` mean square of the queries that read them, or None;
+        history: what `learn` gave for the tokens before this segment. Returns the fields with `tokens=None`, each
+        `[..., *shape]`. Non-finite numbers must not spoil them.
         """
         return {}
 
@@ -100,7 +110,8 @@ class Codec(ABC):
     def encode(self, x: torch.Tensor, segment: Packed) -> Packed:
         """Pack `x` `[..., T, D]` (any float dtype, T a multiple of page_size) with its segment's statistics.
 
-        Returns the fields with `tokens` set, each `[..., T // tokens, *shape]` or, tokens_last, `[..., *shape, T // tokens]`.
+        Returns the fields with `tokens` set, each `[..., T // tokens, *shape]`, or `[..., *shape, T // tokens]` where
+        the tokens are last.
         """
 
     @abstractmethod
@@ -109,7 +120,7 @@ class Codec(ABC):
 
     @abstractmethod
     def tolerance(self, x: torch.Tensor, segment: Packed) -> torch.Tensor:
-        """Declared bound on `|decode - x|`'s L2 norm over D for each token, `[..., T]` (exact numbers, not estimates)."""
+        """Declared bound on the L2 norm of `decode - x` over D for each token, `[..., T]`: a true one, no estimate."""
 
     # -- use without reading back; the defaults read back, the fast paths do not ---------------------------------------
 

@@ -21,8 +21,8 @@ class Fp8Codec(Codec):
 
     @cached_property
     def fields(self) -> dict[str, Field]:  # type: ignore[override]
-        """Numbers and one scale a token."""
-        return {"codes": Field((self.dim,), torch.float8_e4m3fn), "scale": Field((), torch.bfloat16)}
+        """Numbers, as bytes since float8 tensors cannot be pickled, and one scale a token."""
+        return {"codes": Field((self.dim,), torch.uint8), "scale": Field((), torch.bfloat16)}
 
     def encode(self, x: torch.Tensor, segment: Packed) -> Packed:
         """Pack `x` `[..., T, D]`."""
@@ -34,7 +34,7 @@ class Fp8Codec(Codec):
             step = bfloat16_ceil(torch.maximum(y.amax(1), y.amin(1).neg_()).mul_(1 / _LARGEST).clamp_(min=TINY))
             codes[start:end] = y.mul_(step.float().reciprocal_().unsqueeze(1)).clamp_(-_LARGEST, _LARGEST)
             scale[start:end] = step
-        return {"codes": codes.view(x.shape), "scale": scale.view(x.shape[:-1])}
+        return {"codes": codes.view(torch.uint8).view(x.shape), "scale": scale.view(x.shape[:-1])}
 
     def decode(self, packed: Packed) -> torch.Tensor:
         """Read back `[..., T, D]`."""
