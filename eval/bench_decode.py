@@ -3,15 +3,14 @@
     python eval/bench_decode.py --tokens 4096 16384 65536 --json docs/bench_decode.json
 
 A layer of Llama-8B's shape (32 query heads, 8 key-value heads, head size 128) in bf16. Every figure is a median over
-steps; ratios are to DynamicCache in the same run. "extra" is the most memory that a step takes above what is held
-before it, as a part of the layer's uncompressed keys and values.
+steps; a ratio is of a step to DynamicCache's step taken right after it. "extra" is the most memory that a step takes
+above what is held before it, as a part of the layer's uncompressed keys and values.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import hf_kvcompress as kvc
 from hf_kvcompress.attention import kvcompress_attention
+from hf_kvcompress.environment import devices, versions
 
 QUERY_HEADS, HEADS, DIM = 32, 8, 128
 
@@ -85,34 +85,45 @@ def extra_memory(run: Callable[[], object]) -> int:
     return most
 
 
-def bench(make, tokens: int, steps: int) -> dict[str, float]:
-    generator = torch.Generator().manual_seed(0)
-    module, cache = Module(), make()
-    queries, keys, values = draw(tokens, generator)
-    started = time.perf_counter()
-    k, v = cache.update(keys, values, 0)
-    if isinstance(cache, kvc.CompressedCache):
-        cache.layers[0].observe_queries(queries[:, :, -64:])
-        cache.commit()
-    prefill = time.perf_counter() - started
-    del k, v, queries, keys, values
-    times = []
-    fresh = draw(steps + 2, generator)
-    one = [tuple(x[:, :, i : i + 1] for x in fresh) for i in range(steps + 2)]
-    for q, key, value in one[2:]:
+class Runner:
+    """One cache with a stored prompt, and the steps it takes."""
+
+    def __init__(self, make: Callable[[], transformers.Cache], tokens: int):
+        generator = torch.Generator().manual_seed(0)
+        self.module, self.cache = Module(), make()
+        queries, keys, values = draw(tokens, generator)
         started = time.perf_counter()
-        step(cache, module, q, key, value)
-        times.append(time.perf_counter() - started)
+        self.cache.update(keys, values, 0)
+        if isinstance(self.cache, kvc.CompressedCache):
+            self.cache.layers[0].observe_queries(queries[:, :, -64:])
+            self.cache.commit()
+        self.prompt_seconds = time.perf_counter() - started
+
+    def seconds(self, token: tuple[torch.Tensor, ...]) -> float:
+        started = time.perf_counter()
+        step(self.cache, self.module, *token)
+        return time.perf_counter() - started
+
+
+def bench(base: Runner, make: Callable[[], transformers.Cache], tokens: int, steps: int) -> dict[str, object]:
+    """Steps of a cache and of DynamicCache in turn, so that a machine whose speed drifts does not favour either."""
+    runner = Runner(make, tokens)
+    fresh = draw(steps + 4, torch.Generator().manual_seed(1))
+    one = [tuple(x[:, :, i : i + 1] for x in fresh) for i in range(steps + 4)]
+    for token in one[:3]:
+        base.seconds(token), runner.seconds(token)
+    pairs = [(runner.seconds(token), base.seconds(token)) for token in one[3:-1]]
     uncompressed = (tokens + steps) * HEADS * DIM * 2 * 2
-    extra = extra_memory(lambda: step(cache, module, *one[0]))
-    held = kvc.tensor_bytes(cache)
-    quartiles = statistics.quantiles(times, n=4)
+    extra = extra_memory(lambda: step(runner.cache, runner.module, *one[-1]))
+    ratios = statistics.quantiles([ours / theirs for ours, theirs in pairs], n=4)
     return {
-        "step_ms": statistics.median(times) * 1e3,
-        "step_ms_quartiles": [quartiles[0] * 1e3, quartiles[2] * 1e3],
-        "store_prompt_ms": prefill * 1e3,
+        "step_ms": statistics.median(ours for ours, _ in pairs) * 1e3,
+        "dynamic_ms": statistics.median(theirs for _, theirs in pairs) * 1e3,
+        "ratio": ratios[1],
+        "ratio_quartiles": [ratios[0], ratios[2]],
+        "store_prompt_ms": runner.prompt_seconds * 1e3,
         "extra_memory_part": extra / uncompressed,
-        "bits": held * 8 / (uncompressed / 2),
+        "bits": kvc.tensor_bytes(runner.cache) * 8 / (uncompressed / 2),
     }
 
 
@@ -121,34 +132,30 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384, 65536])
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--caches", nargs="+", default=["DynamicCache", "quanto4", *kvc.PRESETS, *kvc.codec_names()])
+    parser.add_argument("--caches", nargs="+", default=["quanto4", *kvc.PRESETS, *kvc.codec_names()])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     results: list[dict] = []
-    print(f"{'tokens':>7} {'cache':>14} {'step ms':>9} {'/ Dynamic':>9} {'extra':>7} {'bits':>6} {'prompt ms':>9}")
+    header = ("tokens", 7), ("cache", 14), ("step ms", 9), ("Dynamic", 9), ("ratio", 7), ("quartiles", 13), ("extra", 7)
+    print(" ".join(f"{name:>{width}}" for name, width in (*header, ("bits", 6), ("prompt ms", 9))))
+    makers = make_caches(options.caches)
     with torch.inference_mode():
         for tokens in options.tokens:
-            base = None
-            for name, make in make_caches(options.caches).items():
-                row = {"tokens": tokens, "cache": name, **bench(make, tokens, options.steps)}
-                base = row["step_ms"] if name == "DynamicCache" else base
-                row["ratio"] = row["step_ms"] / base if base else float("nan")
+            base = Runner(make_caches(["DynamicCache"])["DynamicCache"], tokens)
+            for name, make in makers.items():
+                row = {"tokens": tokens, "cache": name, **bench(base, make, tokens, options.steps)}
                 results.append(row)
+                low, high = row["ratio_quartiles"]
                 print(
-                    f"{tokens:7} {name:>14} {row['step_ms']:9.2f} {row['ratio']:9.3f} {row['extra_memory_part']:7.1%} "
-                    f"{row['bits']:6.2f} {row['store_prompt_ms']:9.1f}",
+                    f"{tokens:7} {name:>14} {row['step_ms']:9.2f} {row['dynamic_ms']:9.2f} {row['ratio']:7.3f} "
+                    f"{f'{low:.3f}-{high:.3f}':>13} {row['extra_memory_part']:7.1%} {row['bits']:6.2f} "
+                    f"{row['store_prompt_ms']:9.1f}",
                     flush=True,
                 )
     if options.json:
-        versions = {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        }
-        options.json.write_text(
-            json.dumps({"versions": versions, "settings": vars(options), "results": results}, default=str, indent=1)
-        )
+        report = {"versions": versions(), "devices": devices(), "settings": vars(options), "results": results}
+        options.json.write_text(json.dumps(report, default=str, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from functools import cached_property
 
 import torch
 
+from ..ops import native
 from ..ops.int8mm import Scratch
 from ..ops.numeric import TINY, bfloat16_ceil, block_numel, blocks
 from .base import Field, Packed, Role
@@ -85,6 +86,10 @@ class ChannelIntCodec(IntegerCodec):
         pages = p.float().flatten(0, 1).unflatten(-1, (-1, self.page_size)).transpose(1, 2)  # [n, U, M, page]
         scale, centre = flat["scale"].flatten(1, 2).float(), flat["centre"].flatten(1, 2).float()  # [n, U, D]
         out = pages.sum(-1).transpose(1, 2) @ centre
+        if flat["codes"].shape[1] == 1 and native.serves(pages, pages.shape[2]):
+            planes = [flat[name].flatten(1, 2) for name in self._names]
+            out += native.paged_value_dot(planes, self.nbits, self._table_of_codes, self.offset, pages, scale)
+            return out.unflatten(0, packed["codes"].shape[:2])
         operands = [reader.arrange(pages) for reader in self.readers]
         for start, end, first, last, products in self._page_products(operands, flat):
             products.mul_(scale[start:end, first:last].unsqueeze(2))

@@ -13,6 +13,7 @@ from functools import cached_property
 
 import torch
 
+from ..ops import native
 from ..ops.int8mm import MAX_ROWS, MIN_TOKENS, Reader, Scratch, key_product, uniform_readers, value_product
 from ..ops.numeric import block_numel, blocks, clean_
 from ..ops.packing import PLANES, pack, padded, plane_sizes, unpack
@@ -55,6 +56,11 @@ class IntegerCodec(Codec):
     @property
     def _packed_together(self) -> int:
         return padded(self.dim) if self.role == "key" else self.page_size
+
+    @cached_property
+    def _table_of_codes(self) -> torch.Tensor:
+        """The number of every stored code below 8 bits, on the host."""
+        return self._numbers(torch.arange(2 ** min(self.nbits, 4), dtype=torch.uint8))
 
     def _product_dtype(self, rows: int, tokens: int) -> torch.dtype:
         """bfloat16 where it may be used and is faster, for `rows` queries and runs of `tokens` tokens."""
@@ -173,6 +179,8 @@ class IntegerCodec(Codec):
         n, segments, tokens = planes[0].shape[:3]
         if x.shape[-1] != self._packed_together:
             x = torch.nn.functional.pad(x, (0, self._packed_together - x.shape[-1]))
+        if native.serves(x, x.shape[2]):
+            return native.key_dot([p.flatten(1, 2) for p in planes], self.nbits, self._table_of_codes, self.offset, x)
         shared, per_segment = x.shape[1] == 1, max(1, x.shape[1] // segments)
         dtype = self._product_dtype(x.shape[2], segments * tokens // x.shape[1])
         scratch = Scratch(x.device)
@@ -204,6 +212,9 @@ class IntegerCodec(Codec):
         planes = [packed[k] for k in self._names]
         n, segments = planes[0].shape[:2]
         groups, length = p.shape[1], p.shape[-1]
+        if segments == 1 and native.serves(p, p.shape[2]):
+            flat = [plane.flatten(1, 2) for plane in planes]
+            return native.value_dot(flat, self.nbits, self.page_size, self._table_of_codes, self.offset, p)
         tokens, dtype = length // segments, self._product_dtype(p.shape[2], MIN_TOKENS)
         scratch = Scratch(p.device)
         out = torch.zeros(n, p.shape[2], self.dim, device=p.device)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..environment import devices, versions
+from ..ops import native
 
 #: extra -> what it makes possible, and a module that shows it is there
 EXTRAS = {
@@ -29,6 +30,7 @@ def examine() -> dict[str, Any]:
     return {
         "versions": versions(),
         "devices": devices(),
+        "native": native.why_not() or "compiled for this processor",
         "compilers": {name: shutil.which(name) is not None for name in ("g++", "nvcc")},
         "extras": {name: importlib.util.find_spec(module) is not None for name, (_, module) in EXTRAS.items()},
     }
@@ -50,6 +52,7 @@ def doctor(
         table.add_row(name, ", ".join(value) if isinstance(value, list) else str(value))
     if "cuda" not in report["devices"]:
         table.add_row("cuda", "none")
+    table.add_row("CPU products", report["native"])
     for name, there in report["compilers"].items():
         table.add_row(name, "yes" if there else "no")
     table.add_section()
