@@ -88,7 +88,7 @@ class CompressedCache(DynamicCache):
         if config is not None:
             self.layer_class_to_replicate = None
             if not any(isinstance(layer, CacheLayerMixin) for layer in self.layers):
-                raise expect("config", "a model with attention layers", f"{config.model_type!r}, which has none")
+                raise expect("config", "a model with attention layers", config.model_type)
 
     def _compressed(self, index: int, layer: Any) -> Any:
         """Our layer in place of transformers' own where it holds keys and values that can be packed."""

@@ -91,7 +91,9 @@ class LayerConfig:
     @property
     def tokens_per_page(self) -> int:
         """`page_size`, or what it is when none is given."""
-        return self.page_size or (max(self.group_size, PAGE_SIZE) if self._groups_of_tokens else PAGE_SIZE)
+        if self.page_size is not None:
+            return self.page_size
+        return max(self.group_size, PAGE_SIZE) if self._groups_of_tokens else PAGE_SIZE
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ def _from_environment(known: Mapping[str, Any]) -> dict[str, Any]:
         value = os.environ.get(ENVIRONMENT + name.upper())
         if value is None:
             continue
-        if isinstance(getattr(LayerConfig, name), int):
+        if isinstance(getattr(LayerConfig, name), int) or value.isdecimal():
             try:
                 found[name] = int(value)
             except ValueError:

@@ -15,13 +15,14 @@ MB = 1024 * 1024
 
 @dataclass(frozen=True)
 class LayerStats:
-    """One layer: token counts are summed over rows, bytes over all its tensors."""
+    """One layer: tokens seen are positions, padding included; other counts are summed over rows, bytes over tensors."""
 
     layer: int
     kind: str
     keys: str
     values: str
     bits: float
+    tokens_seen: int
     tokens_stored: int
     tokens_sealed: int
     pages: int
@@ -33,12 +34,12 @@ class LayerStats:
     def of(cls, index: int, layer: Any) -> LayerStats:
         held = tensor_bytes(layer)
         if not isinstance(layer, CompressedLayer):
-            return cls(index, type(layer).__name__, "-", "-", 16.0, 0, 0, 0, held, held, held)
+            return cls(index, type(layer).__name__, "-", "-", 16.0, 0, 0, 0, 0, held, held, held)
         kind = "full" if layer.sliding_window is None else f"sliding {layer.sliding_window}"
         settings = layer.config
         storage = layer.storage
         if storage is None:
-            return cls(index, kind, settings.keys, settings.values, 0.0, 0, 0, 0, held, held, held)
+            return cls(index, kind, settings.keys, settings.values, 0.0, 0, 0, 0, 0, held, held, held)
         stored = storage.tokens_stored()
         sealed = sum(stored) - sum(storage.window.sinks) - sum(storage.window.recent)
         numbers = sum(storage.heads[role] * storage.dims[role] for role in ("key", "value"))
@@ -48,9 +49,19 @@ class LayerStats:
         used = storage.window.used_bytes() + packed + other
         sealed_in_slabs = storage.pages.tokens_in_slabs()
         bits = packed * 8 / (sealed_in_slabs * numbers) if sealed_in_slabs else 0.0
-        pages = sealed // storage.pages.page_size
         return cls(
-            index, kind, settings.keys, settings.values, bits, sum(stored), sealed, pages, held, used, uncompressed
+            layer=index,
+            kind=kind,
+            keys=settings.keys,
+            values=settings.values,
+            bits=bits,
+            tokens_seen=layer.seen,
+            tokens_stored=sum(stored),
+            tokens_sealed=sealed,
+            pages=sealed // storage.pages.page_size,
+            bytes_held=held,
+            bytes_used=used,
+            bytes_uncompressed=uncompressed,
         )
 
 
@@ -73,6 +84,7 @@ class CacheStats(Mapping[str, Any]):
             "compression_ratio": uncompressed / nbytes if nbytes else 1.0,
             "memory_saved_mb": (uncompressed - nbytes) / MB,
             "compressed_pages": sum(layer.pages for layer in layers),
+            "tokens_seen": max((layer.tokens_seen for layer in layers), default=0),
             "tokens_stored": tokens,
             "bits_per_layer": {layer.layer: round(layer.bits, 3) for layer in packed},
         }

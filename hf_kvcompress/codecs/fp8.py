@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
+from ..ops import native
 from ..ops.numeric import TINY, bfloat16_ceil, block_numel, blocks, clean_
 from .base import Codec, Field, Packed
 
@@ -58,6 +59,9 @@ class Fp8Codec(Codec):
         codes, scale = packed["codes"].flatten(0, 1), packed["scale"].flatten(0, 1).flatten(1)
         n, segments, tokens, _ = codes.shape
         q = q.float().flatten(0, 1)
+        if native.serves(q, q.shape[1]):
+            out = native.key_dot([codes.flatten(1, 2)], native.E4M3, _numbers(), 0.0, q.unsqueeze(1))
+            return out.mul_(scale.float().unsqueeze(1)).unflatten(0, packed["codes"].shape[:2])
         out = torch.empty(n, q.shape[1], segments * tokens, device=q.device)
         for start, end, first, last in blocks(n, segments, tokens * self.dim, block_numel(q.device, 2 * _BLOCK)):
             keys = widen(codes[start:end, first:last].flatten(1, 2))
@@ -70,10 +74,16 @@ class Fp8Codec(Codec):
         n, segments, tokens, _ = codes.shape
         p = p.float().flatten(0, 1) * scale.float().mul_(256.0).unsqueeze(1)
         out = torch.zeros(n, p.shape[1], self.dim, device=p.device)
-        for start, end, first, last in blocks(n, segments, tokens * self.dim, block_numel(p.device, 2 * _BLOCK)):
+        for start, end, first, last in blocks(n, segments, tokens * self.dim, block_numel(p.device, _BLOCK)):
             values = widen(codes[start:end, first:last].flatten(1, 2))
             out[start:end].baddbmm_(p[start:end, :, first * tokens : last * tokens], values)
         return out.unflatten(0, packed["codes"].shape[:2])
+
+
+@lru_cache(maxsize=1)
+def _numbers() -> torch.Tensor:
+    """The number of every code, on the host."""
+    return widen(torch.arange(256, dtype=torch.uint8)).mul_(256.0)
 
 
 def widen(codes: torch.Tensor) -> torch.Tensor:

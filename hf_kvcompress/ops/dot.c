@@ -6,7 +6,8 @@
  *
  * Layout of the codes (ops/packing.py): in a plane of b bits, byte j of a group of `group` elements holds the elements
  * j, j + group / (8 / b), ... ; 3 bits are a 2-bit plane of the high bits and a 1-bit plane of the low bit. A group is a
- * token's channels (keys) or a page's tokens (values). `table` has the number of every code; 8 bits are int8 + offset.
+ * token's channels (keys) or a page's tokens (values). `table` has the number of every code; 8 bits are int8 + offset,
+ * and E4M3 stands for 8-bit floats, whose table has 256 numbers.
  * The torch code beside it in ops/native.py is the reference.
  */
 #include <stdint.h>
@@ -16,7 +17,7 @@
 #include <immintrin.h>
 #endif
 
-enum { TOKENS = 256, ROWS = 4 };
+enum { TOKENS = 256, ROWS = 4, E4M3 = 9 };
 
 typedef struct {
     int nbits;
@@ -31,6 +32,8 @@ static uint64_t read8(const uint8_t *from) { uint64_t word; memcpy(&word, from, 
 static void write8(uint8_t *to, uint64_t word) { memcpy(to, &word, 8); }
 
 /* Codes of one group as bytes; eight at a time where the group allows it. */
+static long plane_bits(int nbits) { return nbits == 3 ? 2 : nbits == E4M3 ? 8 : nbits; }
+
 static void split(const Format *f, const uint8_t *high, const uint8_t *low, uint8_t *restrict codes) {
     const long n = f->group;
     if (f->nbits == 4) {
@@ -86,8 +89,8 @@ static void split(const Format *f, const uint8_t *high, const uint8_t *low, uint
 
 /* Codes of `groups` groups that lie one after the other in both planes; 8-bit codes are used where they are. */
 static const uint8_t *codes_of(const Format *f, const uint8_t *high, const uint8_t *low, long groups, uint8_t *codes) {
-    if (f->nbits == 8) return high;
-    const long high_bytes = f->group * (f->nbits == 4 ? 4 : 2) / 8, low_bytes = f->nbits == 3 ? f->group / 8 : 0;
+    if (f->nbits >= 8) return high;
+    const long high_bytes = f->group * plane_bits(f->nbits) / 8, low_bytes = f->nbits == 3 ? f->group / 8 : 0;
     for (long g = 0; g < groups; g++)
         split(f, high + g * high_bytes, low + g * low_bytes, codes + g * f->group);
     return codes;
@@ -100,6 +103,11 @@ static float number(const Format *f, uint8_t code) {
 #if defined(__AVX512F__)
 static inline __m512 numbers16(const Format *f, __m512 table, const uint8_t *codes) {
     const __m128i bytes = _mm_loadu_si128((const __m128i *)codes);
+    if (f->nbits == E4M3) { /* the fields of a float16 once shifted; the exponents' biases differ by 8 */
+        const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7);
+        const __m256i half = _mm256_and_si256(wide, _mm256_set1_epi16((short)~0x4000));
+        return _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0f));
+    }
     if (f->nbits == 8)
         return _mm512_add_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), _mm512_set1_ps(f->offset));
     return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(bytes), table);
@@ -121,7 +129,7 @@ static void dots(const Format *f, const float *x, long rows, const uint8_t *cons
                  long row_step, long code_step) {
     long i = 0;
 #if defined(__AVX512F__)
-    const __m512 table = f->nbits == 8 ? _mm512_setzero_ps() : _mm512_loadu_ps(f->table);
+    const __m512 table = f->nbits >= 8 ? _mm512_setzero_ps() : _mm512_loadu_ps(f->table);
     for (; n % 16 == 0 && i + ROWS <= rows; i += ROWS) {
         __m512 sum[2][ROWS];
         for (int k = 0; k < 2; k++)
@@ -154,7 +162,7 @@ static void dots(const Format *f, const float *x, long rows, const uint8_t *cons
 void key_dot(const uint8_t *high, const uint8_t *low, const Format *f, const float *x, float *out, long n, long units,
              long tokens, long rows, int threads) {
     const long group = f->group, all = units * tokens;
-    const long high_bytes = group * (f->nbits == 3 ? 2 : f->nbits) / 8, low_bytes = f->nbits == 3 ? group / 8 : 0;
+    const long high_bytes = group * plane_bits(f->nbits) / 8, low_bytes = f->nbits == 3 ? group / 8 : 0;
     const long blocks = (all + TOKENS - 1) / TOKENS;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long task = 0; task < n * blocks; task++) {
@@ -178,7 +186,7 @@ void key_dot(const uint8_t *high, const uint8_t *low, const Format *f, const flo
 /* high, low: [n][channels][tokens * bits / 8]; p [n][parts][rows][tokens]; out [n][rows][channels] */
 void value_dot(const uint8_t *high, const uint8_t *low, const Format *f, const float *p, float *out, long n, long parts,
                long tokens, long channels, long rows, int threads) {
-    const long high_bytes = tokens * (f->nbits == 3 ? 2 : f->nbits) / 8, low_bytes = f->nbits == 3 ? tokens / 8 : 0;
+    const long high_bytes = tokens * plane_bits(f->nbits) / 8, low_bytes = f->nbits == 3 ? tokens / 8 : 0;
     const long pairs = (channels / parts + 1) / 2; /* two channels of one part read the same p */
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long task = 0; task < n * parts * pairs; task++) {
@@ -199,7 +207,7 @@ void value_dot(const uint8_t *high, const uint8_t *low, const Format *f, const f
 void paged_value_dot(const uint8_t *high, const uint8_t *low, const Format *f, const float *p, const float *scale,
                      float *out, long n, long pages, long channels, long rows, int threads) {
     const long page = f->group, pairs = (channels + 1) / 2;
-    const long high_bytes = page * (f->nbits == 3 ? 2 : f->nbits) / 8, low_bytes = f->nbits == 3 ? page / 8 : 0;
+    const long high_bytes = page * plane_bits(f->nbits) / 8, low_bytes = f->nbits == 3 ? page / 8 : 0;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long task = 0; task < n * pairs; task++) {
         const long i = task / pairs, d = task % pairs * 2, odd = d + 1 < channels;

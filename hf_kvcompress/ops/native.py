@@ -23,6 +23,7 @@ SOURCE = Path(__file__).with_name("dot.c")
 FLAGS = ["-O3", "-march=native", "-mprefer-vector-width=512", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
 BACKENDS = ("auto", "torch", "cuda")
 SMALL = 1 << 18  # bytes of codes times query rows
+E4M3 = 9  # stands for the bits of 8-bit floats
 MAX_ROWS = 32  # with more query rows a matrix product of decoded codes is faster
 
 
