@@ -127,12 +127,28 @@ def bench(base: Runner, make: Callable[[], transformers.Cache], tokens: int, ste
     }
 
 
+def markdown(results: list[dict]) -> str:
+    """Ratio (quartiles) by cache and length, with the bits and extra memory of the longest."""
+    lengths = sorted({row["tokens"] for row in results})
+    lines = ["| cache | bits | " + " | ".join(f"{n:,} tokens" for n in lengths) + " | extra memory |"]
+    lines.append("| --- " * (len(lengths) + 3) + "|")
+    for name in dict.fromkeys(row["cache"] for row in results):
+        rows = {row["tokens"]: row for row in results if row["cache"] == name}
+        cells = ["{ratio:.2f} ({ratio_quartiles[0]:.2f}-{ratio_quartiles[1]:.2f})".format(**rows[n]) for n in lengths]
+        last = rows[lengths[-1]]
+        lines.append(f"| {name} | {last['bits']:.2f} | {' | '.join(cells)} | {last['extra_memory_part']:.1%} |")
+    dynamic = [statistics.median(row["dynamic_ms"] for row in results if row["tokens"] == n) for n in lengths]
+    lines.append("| DynamicCache, ms a step | 16.00 | " + " | ".join(f"{ms:.1f}" for ms in dynamic) + " | 100% |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384, 65536])
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--caches", nargs="+", default=["quanto4", *kvc.PRESETS, *kvc.codec_names()])
+    parser.add_argument("--markdown", action="store_true", help="also print the ratios as a Markdown table")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -153,6 +169,8 @@ def main() -> None:
                     f"{row['store_prompt_ms']:9.1f}",
                     flush=True,
                 )
+    if options.markdown:
+        print(markdown(results))
     if options.json:
         report = {"versions": versions(), "devices": devices(), "settings": vars(options), "results": results}
         options.json.write_text(json.dumps(report, default=str, indent=1) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property, lru_cache
 
 import torch
@@ -12,6 +13,7 @@ from .base import Codec, Field, Packed
 
 _LARGEST = 448.0  # of float8_e4m3fn
 _BLOCK = 1 << 17
+_RUN = 512  # tokens
 
 
 class Fp8Codec(Codec):
@@ -56,7 +58,7 @@ class Fp8Codec(Codec):
 
     def scores(self, q: torch.Tensor, packed: Packed) -> torch.Tensor:
         """`q @ decode(packed).mT`, the scale applied to the products."""
-        codes, scale = packed["codes"].flatten(0, 1), packed["scale"].flatten(0, 1).flatten(1)
+        codes, scale = _in_runs(packed["codes"]), packed["scale"].flatten(0, 1).flatten(1)
         n, segments, tokens, _ = codes.shape
         q = q.float().flatten(0, 1)
         if native.serves(q, q.shape[1]):
@@ -70,7 +72,7 @@ class Fp8Codec(Codec):
 
     def mix(self, p: torch.Tensor, packed: Packed) -> torch.Tensor:
         """`p @ decode(packed)`, the scale applied to the probabilities."""
-        codes, scale = packed["codes"].flatten(0, 1), packed["scale"].flatten(0, 1).flatten(1)
+        codes, scale = _in_runs(packed["codes"]), packed["scale"].flatten(0, 1).flatten(1)
         n, segments, tokens, _ = codes.shape
         p = p.float().flatten(0, 1) * scale.float().mul_(256.0).unsqueeze(1)
         out = torch.zeros(n, p.shape[1], self.dim, device=p.device)
@@ -78,6 +80,12 @@ class Fp8Codec(Codec):
             values = widen(codes[start:end, first:last].flatten(1, 2))
             out[start:end].baddbmm_(p[start:end, :, first * tokens : last * tokens], values)
         return out.unflatten(0, packed["codes"].shape[:2])
+
+
+def _in_runs(codes: torch.Tensor) -> torch.Tensor:
+    """`[B, H, S, T, D]` -> `[B * H, runs, tokens, D]`, runs short enough to be widened one at a time."""
+    tokens = codes.flatten(0, 1).flatten(1, 2)
+    return tokens.unflatten(1, (-1, math.gcd(tokens.shape[1], _RUN)))
 
 
 @lru_cache(maxsize=1)
