@@ -36,6 +36,7 @@ class Extras:
         return self.softcap is not None or self.sink_logits is not None
 
 
+@torch.compiler.disable
 def kvcompress_attention(
     module: torch.nn.Module,
     query: torch.Tensor,

@@ -128,6 +128,7 @@ class CompressedCache(DynamicCache):
         self._recording_past = True
         super().activate_past_recording()
 
+    @torch.compiler.disable  # the pages change shape and place: a compiled model breaks its graph here
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,6 +161,7 @@ class CompressedCache(DynamicCache):
 
     # -- what masks ask ------------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Position of the next query; carries a way for the mask function to tell this cache what is padding."""
         offset = _Offset(super().get_query_offset(layer_idx))

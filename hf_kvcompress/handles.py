@@ -34,6 +34,7 @@ class LazyTensor(torch.Tensor):
         tensor.make, tensor.source, tensor.role, tensor._real = make, source, role, None
         return tensor
 
+    @torch.compiler.disable
     def materialise(self) -> torch.Tensor:
         if self._real is None:
             self._real = self.make()

@@ -170,6 +170,7 @@ class CausalMask:
         return answer
 
 
+@torch.compiler.disable
 def kvcompress_mask(**arguments: Any) -> torch.Tensor:
     """Mask function of the "kvcompress" attention: a tensor that holds the plan and becomes a dense mask if touched."""
     begin = getattr(arguments.get("q_offset"), "begin_forward", None)

@@ -1,5 +1,7 @@
 """Masks are evaluated at the positions that are stored: rarer ones here, the usual ones in the conformance suite."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -109,6 +111,24 @@ def test_many_queries_are_taken_in_blocks(model, monkeypatch):
     monkeypatch.setattr("hf_kvcompress.attention.SCORES", 2 * 4 * 2048 * 5)
     mask = torch.ones(2, 48, dtype=torch.long)
     compare(model, IDS, lambda seen, _: mask[:, :seen], (20, 28))
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_compiled_model_gives_the_same(model, enabled):
+    """The cache breaks the graph and is left as it is; only the backend of the rest is compiled."""
+    prompt = IDS[:1, :30]
+    expected = model.generate(prompt, max_new_tokens=6, do_sample=False)
+    context = kvc.enable(model) if enabled else nullcontext()
+    plain = model.forward
+    with context:
+        try:
+            model.forward = torch.compile(plain, backend="eager")
+            cache = kvc.CompressedCache(model.config, **SMALL)
+            got = model.generate(prompt, max_new_tokens=6, do_sample=False, past_key_values=cache)
+        finally:
+            model.forward = plain
+            torch._dynamo.reset()
+    assert torch.equal(got, expected) and cache.stats()["compressed_pages"] > 0
 
 
 def test_gradients_flow_through_a_first_pass(model):
