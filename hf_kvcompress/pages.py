@@ -107,6 +107,7 @@ class PageStore:
         values: torch.Tensor,
         tokens: int,
         query_ms: torch.Tensor | None = None,
+        query_moment: torch.Tensor | None = None,
     ) -> None:
         """Pack the first `tokens` of keys and values `[len(rows), H, >= tokens, D]` behind what the rows hold.
 
@@ -122,7 +123,7 @@ class PageStore:
             low, high = max(start, slab.start), min(start + tokens, slab.end)
             if low < high:
                 pair = (keys[:, :, low - start :], values[:, :, low - start :])
-                self._seal_in(slab, before, index, low, high - low, pair, query_ms)
+                self._seal_in(slab, before, index, low, high - low, pair, query_ms, query_moment)
         for row in rows:
             self.counts[row] = start + tokens
 
@@ -135,6 +136,7 @@ class PageStore:
         tokens: int,
         pair: tuple[torch.Tensor, torch.Tensor],
         query_ms: torch.Tensor | None,
+        query_moment: torch.Tensor | None,
     ) -> None:
         """Pack `tokens` tokens into a slab at token number `low`, with statistics made, carried over or found there."""
         segment_start, segment_end = self.segment_of(low)
@@ -154,7 +156,8 @@ class PageStore:
             statistics = {name: packed[name][at] for name in codec.statistics}
             self._learn(role, at, low, x[:, :, None, :tokens])
             inside = low - slab.start
-            for name, entry in codec.encode(x[:, :, None, :tokens], statistics).items():
+            queries = query_moment if role == "key" else None
+            for name, entry in codec.encode(x[:, :, None, :tokens], statistics, queries).items():
                 field = codec.fields[name]
                 assert field.tokens is not None
                 units = slice(inside // field.tokens, (inside + tokens) // field.tokens)

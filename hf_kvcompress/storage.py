@@ -51,7 +51,7 @@ class LayerStorage:
         segment = max(SLIDING_SEGMENT, config.tokens_per_page) if sliding_window is not None else None
         self.pages = PageStore(codecs[0], codecs[1], batch, heads, self.device, segment)
         self.positions = Positions(batch)
-        self.queries = QueryStatistics(batch, heads)
+        self.queries = QueryStatistics(batch, heads, codecs[0].wants_query_moment)
 
     def _codec(self, name: str, role: Role) -> Codec:
         page_size, group_size = self.config.tokens_per_page, self.config.group_size
@@ -89,6 +89,7 @@ class LayerStorage:
             picked = picked.to(keys.device)
             own_keys, own_values = (x.transpose(1, 2)[index, picked].transpose(1, 2) for x in (keys, values))
             self._append_rows(rows, own_keys.contiguous(), own_values.contiguous(), record)
+        self.queries.newest = None  # they were of this pass only
         if not record:
             self.drop_expired()
 
@@ -129,7 +130,7 @@ class LayerStorage:
         if tokens == 0:
             return
         before = self.pages.counts[rows[0]]
-        self.pages.seal(rows, keys, values, tokens, self.queries.mean_square(rows))
+        self.pages.seal(rows, keys, values, tokens, self.queries.mean_square(rows), self.queries.moment(rows))
         if self.monitor is not None:
             self.monitor.measure(self.index, self.pages, rows, before, keys[:, :, :tokens], values[:, :, :tokens])
 

@@ -64,6 +64,8 @@ class Codec(ABC):
     token_wise: ClassVar[bool] = True
     #: the mean square of the queries improves the key statistics
     wants_queries: bool = False
+    #: so does their second moment, when many keys are packed at once
+    wants_query_moment: bool = False
     #: bfloat16 lets products on CPU round like a half precision model does; float32 is exact
     compute_dtype: torch.dtype = torch.float32
 
@@ -107,8 +109,10 @@ class Codec(ABC):
         return {}
 
     @abstractmethod
-    def encode(self, x: torch.Tensor, segment: Packed) -> Packed:
+    def encode(self, x: torch.Tensor, segment: Packed, queries: torch.Tensor | None = None) -> Packed:
         """Pack `x` `[..., T, D]` (any float dtype, T a multiple of page_size) with its segment's statistics.
+
+        queries: second moment `[R, H, D, D]` of the newest queries that read keys `[R, H, 1, T, D]`, if known.
 
         Returns the fields with `tokens` set, each `[..., T // tokens, *shape]`, or `[..., *shape, T // tokens]` where
         the tokens are last.

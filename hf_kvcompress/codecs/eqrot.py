@@ -14,6 +14,7 @@ from functools import cached_property
 
 import torch
 
+from ..ops.feedback import feedback_matrix, round_with_feedback
 from ..ops.hadamard import rotation_matrix
 from ..ops.numeric import LIMIT, TINY, block_numel, blocks, clean_, tree_sum
 from .base import Field, Packed, Role
@@ -25,6 +26,12 @@ STEP = {2: 0.995, 3: 0.585, 4: 0.335}
 #: novels and news. Keys lose by either.
 VALUE_STEP = {2: 0.995 * 1.15, 3: 0.585 * 1.1, 4: 0.335}
 VALUE_POWER = {2: -1.0, 3: -0.5, 4: 0.0}
+#: keys of few bits, sealed many at once, are rounded with error feedback: step, part of the queries' moment that is
+#: shrunk to its diagonal, damping
+FEEDBACK_STEP = {2: 0.995 * 1.3, 3: 0.585 * 1.15}
+FEEDBACK_TOKENS = 32
+FEEDBACK_SHRINK = 0.3
+FEEDBACK_DAMPING = 0.01
 _FLOOR = 1e-4  # of the root mean square over the channels: near-constant channels are not blown up further
 _BLOCK = 1 << 17
 MEMORY = 1024  # tokens after which the statistics of earlier ones have faded to 1 / e
@@ -39,6 +46,7 @@ class EqRotCodec(RotatedCodec):
     def __init__(self, nbits: int, role: Role, dim: int, page_size: int = 64, group_size: int = 64):
         super().__init__(nbits, role, dim, page_size, group_size)
         self.wants_queries = role == "key"
+        self.wants_query_moment = role == "key" and nbits in FEEDBACK_STEP
 
     @cached_property
     def fields(self) -> dict[str, Field]:  # type: ignore[override]
@@ -94,6 +102,38 @@ class EqRotCodec(RotatedCodec):
             y.sub_(segment["mean"].float().t().unsqueeze(-1))
             y.mul_(segment["spread"].float().reciprocal().t().unsqueeze(-1)).clamp_(-LIMIT, LIMIT)
         return x
+
+    def encode(self, x: torch.Tensor, segment: Packed, queries: torch.Tensor | None = None) -> Packed:
+        """Pack `x` `[..., T, D]`; given the queries' second moment, many keys of few bits are rounded with feedback."""
+        if queries is None or self.nbits not in FEEDBACK_STEP or x.shape[-2] < FEEDBACK_TOKENS:
+            return super().encode(x, segment)
+        rows = [
+            self._encode_with_feedback(own, {name: t[row] for name, t in segment.items()}, queries[row])
+            for row, own in enumerate(x)  # a row by itself: products of other shapes could round otherwise
+        ]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def _encode_with_feedback(self, x: torch.Tensor, segment: Packed, queries: torch.Tensor) -> Packed:
+        """Pack one row's keys `[H, 1, T, D]`; segment fields `[H, 1, D]`, queries `[H, D, D]`."""
+        heads = x.shape[0]
+        spread, rotation = segment["spread"].float(), rotation_matrix(self.dim, x.device)
+        spread = spread / spread.amax(-1, keepdim=True)  # only the channels' proportions matter here
+        diagonal = torch.diag_embed(queries.diagonal(dim1=-2, dim2=-1))
+        moment = torch.lerp(queries, diagonal, FEEDBACK_SHRINK) * spread * spread.mT
+        damped, weights = feedback_matrix(rotation.mT @ moment @ rotation, FEEDBACK_DAMPING)
+        columns = self._equalise(self._columns(x.flatten(1, 2)), {k: v[:, 0] for k, v in segment.items()}, heads)
+        z, norm = self._normalise(columns)
+        z = z.view(self.dim, heads, -1).transpose(0, 1).contiguous()  # [H, D, T]
+        step = FEEDBACK_STEP[self.nbits]
+        numbers = round_with_feedback(z.clone(), weights, step, self.nbits)
+        # The scale keeps the norm that queries see, not the plain one: feedback trades one against the other.
+        kept = ((damped @ z) * z).sum(1) / ((damped @ numbers) * numbers).sum(1).clamp(min=TINY)
+        scale = norm.view(heads, -1) * kept.sqrt() / self.dim**0.5
+        half = 2 ** (self.nbits - 1)
+        codes = (numbers - 0.5 + half).to(torch.uint8).transpose(0, 1).reshape(self.dim, -1)
+        codes ^= half
+        packed = {name: t.unsqueeze(1) for name, t in self._pack_columns(codes, heads).items()}
+        return {**packed, "scale": scale.to(torch.bfloat16).unsqueeze(1)}
 
     def _encode_columns(self, x: torch.Tensor, segment: Packed, rows: int) -> tuple[torch.Tensor, Packed]:
         if self.role == "key":

@@ -27,7 +27,7 @@ class Fp8Codec(Codec):
         """Numbers, as bytes since float8 tensors cannot be pickled, and one scale a token."""
         return {"codes": Field((self.dim,), torch.uint8), "scale": Field((), torch.bfloat16)}
 
-    def encode(self, x: torch.Tensor, segment: Packed) -> Packed:
+    def encode(self, x: torch.Tensor, segment: Packed, queries: torch.Tensor | None = None) -> Packed:
         """Pack `x` `[..., T, D]`."""
         flat = x.reshape(-1, self.dim)
         codes = torch.empty(flat.shape, dtype=torch.float8_e4m3fn, device=x.device)

@@ -32,7 +32,7 @@ class IdentityCodec(Codec):
         """The numbers."""
         return {"codes": Field((self.dim,), self.dtype)}
 
-    def encode(self, x: torch.Tensor, segment: Packed) -> Packed:
+    def encode(self, x: torch.Tensor, segment: Packed, queries: torch.Tensor | None = None) -> Packed:
         """Copy `x` `[..., T, D]`."""
         return {"codes": x.to(self.dtype, copy=True, memory_format=torch.contiguous_format)}
 

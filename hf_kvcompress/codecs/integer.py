@@ -86,7 +86,7 @@ class IntegerCodec(Codec):
 
     # -- packing -------------------------------------------------------------------------------------------------------
 
-    def encode(self, x: torch.Tensor, segment: Packed) -> Packed:
+    def encode(self, x: torch.Tensor, segment: Packed, queries: torch.Tensor | None = None) -> Packed:
         """Pack `x` `[..., T, D]`."""
         lead, tokens = x.shape[:-2], x.shape[-2]
         if x.shape[-1] != self.dim or tokens % self.page_size or not tokens:
