@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+BLOCK = 1024  # tokens summed at once
 FEW, NEWEST = 32, 256  # queries below which a second moment is not worth having, and that it is taken of
 ENOUGH = 512  # queries of a row after which single decode steps no longer pay for more
 
@@ -26,24 +27,26 @@ class QueryStatistics:
 
     def observe(self, queries: torch.Tensor, kept: Sequence[torch.Tensor] | None) -> None:
         """Add queries `[B, Hq, q, D]`, of each row only those at `kept[row]` (None: all)."""
-        batch, _, length, dim = queries.shape
+        batch, query_heads, length, _ = queries.shape
         if length == 1 and min(self.counts) >= ENOUGH:
             return
-        squares = queries.detach().float().square().reshape(batch, self.heads, -1, length, dim)
+        real = list(queries.detach())
         if kept is None:
-            added, counts = squares.sum(dim=(2, 3)), [length] * batch
+            added, counts = self._sum_of_squares(queries.detach()), [length] * batch
         else:  # row by row, so that a row sums as it would alone
-            rows = (squares[row : row + 1, :, :, k.to(squares.device)] for row, k in enumerate(kept))
-            added, counts = torch.cat([row.sum(dim=(2, 3)) for row in rows]), [len(k) for k in kept]
-        groups = squares.shape[2]
-        self.newest = None
-        if length >= FEW and self.keep_newest:
-            real = list(queries.detach())
-            if kept is not None:
-                real = [row[:, k.to(row.device)] for row, k in zip(real, kept, strict=True)]
-            self.newest = [row[:, -NEWEST:] for row in real]
+            real = [row[:, k.to(row.device)] for row, k in zip(real, kept, strict=True)]
+            added, counts = torch.cat([self._sum_of_squares(row[None]) for row in real]), [len(k) for k in kept]
+        self.newest = [row[:, -NEWEST:] for row in real] if length >= FEW and self.keep_newest else None
+        groups = query_heads // self.heads
         self.sums = added if self.sums is None else self.sums + added
         self.counts = [old + new * groups for old, new in zip(self.counts, counts, strict=True)]
+
+    def _sum_of_squares(self, queries: torch.Tensor) -> torch.Tensor:
+        """`[b, Hq, n, D]` -> `[b, H, D]`, some tokens at a time: a float copy of a long prompt's queries is large."""
+        total = queries.new_zeros(queries.shape[0], self.heads, queries.shape[3], dtype=torch.float32)
+        for part in queries.split(BLOCK, dim=2):
+            total += part.float().square_().unflatten(1, (self.heads, -1)).sum(dim=(2, 3))
+        return total
 
     def mean_square(self, rows: Sequence[int]) -> torch.Tensor | None:
         """Mean square `[len(rows), H, D]`, or None if a row has seen no query."""
