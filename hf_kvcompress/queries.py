@@ -45,7 +45,7 @@ class QueryStatistics:
         """`[b, Hq, n, D]` -> `[b, H, D]`, some tokens at a time: a float copy of a long prompt's queries is large."""
         total = queries.new_zeros(queries.shape[0], self.heads, queries.shape[3], dtype=torch.float32)
         for part in queries.split(BLOCK, dim=2):
-            total += part.float().square_().unflatten(1, (self.heads, -1)).sum(dim=(2, 3))
+            total += part.float().square().unflatten(1, (self.heads, -1)).sum(dim=(2, 3))
         return total
 
     def mean_square(self, rows: Sequence[int]) -> torch.Tensor | None:
