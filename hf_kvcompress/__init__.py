@@ -1,36 +1,67 @@
 """Compressed key-value caches for Hugging Face transformers."""
 
-from .cache import (
-    CompressedCache,
-    EqRotCache,
-    FP8Cache,
-    Int8Cache,
-    KIVICache,
-    TurboQuantCache,
-)
+from .cache import CompressedCache
 from .codecs.registry import codec_names
 from .config import PRESETS, CacheConfig, LayerConfig
 from .enable import disable, enable
 from .measure import tensor_bytes
 from .monitor import ReconstructionError
+from .planner import plan
+from .plans import Plan
+from .policies.base import Candidates, Policy
+from .policies.settings import EvictionConfig
 from .stats import CacheStats
+from .strategies import (
+    AdaKVCache,
+    EqRotCache,
+    ExpectedAttentionCache,
+    FP8Cache,
+    H2OCache,
+    Int8Cache,
+    KeyDiffCache,
+    KIVICache,
+    PyramidKVCache,
+    RandomCache,
+    RKVCache,
+    SnapKVCache,
+    StreamingLLMCache,
+    TOVACache,
+    TurboQuantCache,
+)
+from .tuning import tune
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "PRESETS",
+    "AdaKVCache",
     "CacheConfig",
     "CacheStats",
+    "Candidates",
     "CompressedCache",
     "EqRotCache",
+    "EvictionConfig",
+    "ExpectedAttentionCache",
     "FP8Cache",
+    "H2OCache",
     "Int8Cache",
     "KIVICache",
+    "KeyDiffCache",
     "LayerConfig",
+    "PRESETS",
+    "Plan",
+    "Policy",
+    "PyramidKVCache",
+    "RKVCache",
+    "RandomCache",
     "ReconstructionError",
+    "SnapKVCache",
+    "StreamingLLMCache",
+    "TOVACache",
     "TurboQuantCache",
     "codec_names",
     "disable",
     "enable",
+    "plan",
     "tensor_bytes",
+    "tune",
 ]

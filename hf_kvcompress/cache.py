@@ -1,8 +1,8 @@
-"""`CompressedCache`, a transformers `DynamicCache` whose layers are packed, and one named class a strategy."""
+"""`CompressedCache`, a transformers `DynamicCache` whose layers are packed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +16,12 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from .config import CacheConfig, expect
+from .config import CacheConfig, LayerConfig, expect
 from .layer import CompressedHybridLayer, CompressedLayer
 from .masks import MaskPlan
 from .measure import tensor_bytes
 from .monitor import Monitor, ReconstructionError
+from .policies.layer_budgets import layer_weights
 from .stats import CacheStats, LayerStats
 
 
@@ -59,8 +60,10 @@ class CompressedCache(DynamicCache):
         preset: "near-lossless", "balanced", "small" or "tiny".
         codec, keys, values: codec names; `codec` sets both.
         layers: settings of single layers, `{5: {"codec": "int8"}}`.
+        layer_budget: how the layers that evict share the budget: "uniform", "pyramid" or one weight each.
         monitor: measure `reconstruction_error` on sampled pages and name layers with NaN or infinity.
-        settings: the fields of `LayerConfig` (page_size, group_size, residual_length, sink_length, sliding).
+        settings: the fields of `LayerConfig` (page_size, group_size, residual_length, sink_length, sliding) and, to keep
+            only some tokens, those of `EvictionConfig` (policy, budget, max_tokens, recent, pin, demote_to ...).
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
@@ -73,6 +76,7 @@ class CompressedCache(DynamicCache):
         preset: str | None = None,
         codec: str | None = None,
         layers: Mapping[int | str, Mapping[str, Any]] | None = None,
+        layer_budget: str | Sequence[float] = "uniform",
         monitor: bool | Monitor = False,
         **settings: Any,
     ):
@@ -81,23 +85,50 @@ class CompressedCache(DynamicCache):
         super().__init__(config=config)
         known = self.layers if config is not None else None
         num_layers = len(known) if known is not None else None
-        self.settings = CacheConfig.make(preset=preset, codec=codec, layers=layers, num_layers=num_layers, **settings)
+        self.settings = CacheConfig.make(
+            preset=preset, codec=codec, layers=layers, num_layers=num_layers, layer_budget=layer_budget, **settings
+        )
         self.monitor = Monitor() if monitor is True else (monitor or None)
         self._recording_past = False
+        self._budgets = self._share_budget(config)
         self.layers = [self._compressed(index, layer) for index, layer in enumerate(self.layers)]
+        self._mark_layers_that_differ()
         if config is not None:
             self.layer_class_to_replicate = None
             if not any(isinstance(layer, CacheLayerMixin) for layer in self.layers):
                 raise expect("config", "a model with attention layers", config.model_type)
 
+    def _share_budget(self, config: PreTrainedConfig | None) -> dict[int, LayerConfig]:
+        """Settings of the layers that evict, each with its share of the budget."""
+        evicting = [index for index, layer in enumerate(self.layers) if self._evicts(index, layer)]
+        if config is None:
+            if self.settings.layer_budget != "uniform":
+                raise expect("layer_budget", "'uniform' for a cache made without the model's config", "another rule")
+            return {}
+        weights = layer_weights(self.settings.layer_budget, len(evicting))
+        return {i: self.settings.for_layer(i).with_share(weight) for i, weight in zip(evicting, weights, strict=True)}
+
+    def _evicts(self, index: int, layer: Any) -> bool:
+        settings = self.settings.for_layer(index)
+        sliding = type(layer) is DynamicSlidingWindowLayer
+        full = type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer)
+        return settings.eviction is not None and (full or sliding and settings.sliding == "evict")
+
+    def _mark_layers_that_differ(self) -> None:
+        """One mask serves all layers of a plain attention: it cannot where layers keep different numbers of tokens."""
+        packed = [layer for layer in self.packed_layers() if not layer.is_sliding]
+        budgets = {(x.budget, x.budget_bytes) if (x := layer.config.eviction) else None for layer in packed}
+        for layer in packed:
+            layer.stands_alone = len(budgets) > 1 and layer.config.eviction is not None
+
     def _compressed(self, index: int, layer: Any) -> Any:
         """Our layer in place of transformers' own where it holds keys and values that can be packed."""
-        settings = self.settings.for_layer(index)
+        settings = self._budgets.get(index, self.settings.for_layer(index))
         if type(layer) is DynamicLayer:
             return CompressedLayer(settings, index, monitor=self.monitor)
         if type(layer) is LinearAttentionAndFullAttentionLayer:
             return CompressedHybridLayer(settings, index, layer.number_of_states, monitor=self.monitor)
-        if type(layer) is DynamicSlidingWindowLayer and settings.sliding == "compress":
+        if type(layer) is DynamicSlidingWindowLayer and settings.sliding != "exact":
             return CompressedLayer(settings, index, layer.sliding_window, self.monitor)
         return layer  # linear attention, dummies of shared layers, and layer kinds with states of their own
 
@@ -225,60 +256,3 @@ class CompressedCache(DynamicCache):
 
     def _repr_html_(self) -> str:
         return self.stats()._repr_html_()
-
-
-class KIVICache(CompressedCache):
-    """Keys per channel, values per token, asymmetric integers (KIVI, arXiv 2402.02750).
-
-    Args:
-        nbits: 2, 3, 4 or 8.
-        group_size: numbers that share a scale.
-        residual_length: newest tokens kept exact.
-    """
-
-    def __init__(
-        self,
-        config: PreTrainedConfig | None = None,
-        nbits: int = 2,
-        group_size: int = 64,
-        residual_length: int = 128,
-        **settings: Any,
-    ):
-        codec = f"kivi{nbits}"
-        super().__init__(config, codec=codec, group_size=group_size, residual_length=residual_length, **settings)
-
-
-class TurboQuantCache(CompressedCache):
-    """Randomly rotated keys and values with Lloyd-Max levels (TurboQuant, arXiv 2504.19874, without the QJL bit).
-
-    Args:
-        nbits: 2, 3 or 4.
-    """
-
-    def __init__(self, config: PreTrainedConfig | None = None, nbits: int = 4, **settings: Any):
-        super().__init__(config, codec=f"turbo{nbits}", **settings)
-
-
-class EqRotCache(CompressedCache):
-    """Equalised rotation: mean removed, query/key-equalised, Hadamard-rotated, uniform codes. The default family.
-
-    Args:
-        nbits: 2, 3 or 4, for keys and values alike.
-    """
-
-    def __init__(self, config: PreTrainedConfig | None = None, nbits: int = 4, **settings: Any):
-        super().__init__(config, codec=f"eqrot{nbits}", **settings)
-
-
-class FP8Cache(CompressedCache):
-    """float8 e4m3 with one scale a token."""
-
-    def __init__(self, config: PreTrainedConfig | None = None, **settings: Any):
-        super().__init__(config, codec="fp8", **settings)
-
-
-class Int8Cache(CompressedCache):
-    """8-bit integers with one scale a token: the "near-lossless" preset."""
-
-    def __init__(self, config: PreTrainedConfig | None = None, **settings: Any):
-        super().__init__(config, codec="int8", **settings)

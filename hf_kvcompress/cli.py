@@ -12,10 +12,14 @@ def build() -> Any:
 
     from .commands.demo import demo
     from .commands.doctor import doctor
+    from .commands.plan import plan
+    from .commands.tune import tune
 
     app = typer.Typer(help="Compressed key-value caches for transformers.", no_args_is_help=True, add_completion=False)
     app.command()(demo)
     app.command()(doctor)
+    app.command()(plan)
+    app.command()(tune)
     return app
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any
 
 from .codecs.registry import parse
+from .policies.layer_budgets import layer_weights
+from .policies.settings import HOST, EvictionConfig, parse_bytes
 
 #: keys and values codec of each preset; bits per number at head size 256
 PRESETS: dict[str, dict[str, str]] = {
@@ -17,6 +19,8 @@ PRESETS: dict[str, dict[str, str]] = {
     "small": {"keys": "eqrot3", "values": "eqrot3"},
     "tiny": {"keys": "eqrot3", "values": "eqrot2"},
 }
+#: the `policy` that keeps every token
+NO_POLICY = "none"
 PAGE_SIZES = (8, 16, 32, 64, 128)
 PAGE_SIZE = 32
 ENVIRONMENT = "HF_KVCOMPRESS_"
@@ -58,7 +62,9 @@ class LayerConfig:
         group_size: numbers that share a scale, in codecs with groups.
         residual_length: newest tokens that always stay exact.
         sink_length: first tokens that always stay exact, in layers with full attention.
-        sliding: "compress" packs the window of sliding layers, "exact" leaves it to transformers' own layer.
+        sliding: "compress" packs the window of sliding layers, "exact" leaves it to transformers' own layer, "evict"
+            packs it and lets the policy evict there as well.
+        eviction: which tokens stay, None for all.
     """
 
     keys: str = "eqrot4"
@@ -68,6 +74,7 @@ class LayerConfig:
     residual_length: int = 32
     sink_length: int = 4
     sliding: str = "compress"
+    eviction: EvictionConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("keys", "values"):
@@ -81,7 +88,40 @@ class LayerConfig:
             raise expect(name, f"one of {', '.join(map(str, PAGE_SIZES))}", self.tokens_per_page)
         if self._groups_of_tokens and self.tokens_per_page % self.group_size:
             raise expect("group_size", f"a divisor of page_size {self.tokens_per_page}", self.group_size)
-        choose("sliding", self.sliding, ("compress", "exact"))
+        choose("sliding", self.sliding, ("compress", "exact", "evict"))
+        if self.eviction is not None:
+            self._check_eviction(self.eviction)
+
+    def _check_eviction(self, eviction: EvictionConfig) -> None:
+        if isinstance(eviction.budget, int) and eviction.budget < self.least_budget:
+            raise expect(
+                "budget",
+                f"at least {self.least_budget} tokens: sink_length {self.sink_length}, residual_length "
+                f"{self.residual_length} and a page of {self.tokens_per_page}, twice",
+                eviction.budget,
+            )
+        if eviction.demote_to not in (None, HOST):
+            _codec("demote_to", eviction.demote_to)
+
+    @property
+    def least_budget(self) -> int:
+        """Tokens that a layer with a policy can always hold to: what is exact, a page being filled and one sealed."""
+        return self.sink_length + self.residual_length + 2 * self.tokens_per_page
+
+    def with_share(self, weight: float) -> LayerConfig:
+        """These settings with `weight` times the budget, within what a layer needs and can use."""
+        eviction = self.eviction
+        if eviction is None or eviction.budget is None or weight == 1:
+            return self
+        scaled = eviction.budget * weight
+        if isinstance(eviction.budget, int):
+            return replace(self, eviction=replace(eviction, budget=max(round(scaled), self.least_budget)))
+        return replace(self, eviction=replace(eviction, budget=min(scaled, 1.0)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, with the settings of eviction beside the others, as `CacheConfig.make` takes them."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "eviction"}
+        return {**own, **({"policy": NO_POLICY} if self.eviction is None else self.eviction.to_dict())}
 
     @property
     def _groups_of_tokens(self) -> bool:
@@ -98,17 +138,30 @@ class LayerConfig:
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """Settings of the whole cache: what every layer does, and what single layers do otherwise."""
+    """Settings of the whole cache: what every layer does, and what single layers do otherwise.
+
+    Args:
+        default: every layer, but for
+        layers: single ones by number.
+        budget_bytes: bytes that the whole cache may hold, or None.
+        layer_budget: how the layers that evict share the budget: "uniform", "pyramid", "pyramid:BETA", or weights.
+    """
 
     default: LayerConfig = field(default_factory=LayerConfig)
     layers: Mapping[int, LayerConfig] = field(default_factory=dict)
+    budget_bytes: int | None = None
+    layer_budget: str | tuple[float, ...] = "uniform"
 
     def for_layer(self, index: int) -> LayerConfig:
         return self.layers.get(index, self.default)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary that `from_dict` reads back."""
-        return {**asdict(self.default), "layers": {str(i): asdict(layer) for i, layer in self.layers.items()}}
+        own = self.default.to_dict()
+        if self.budget_bytes is not None:
+            own["budget"] = f"{self.budget_bytes}B"
+        shares = self.layer_budget if isinstance(self.layer_budget, str) else list(self.layer_budget)
+        return {**own, "layer_budget": shares, "layers": {str(i): layer.to_dict() for i, layer in self.layers.items()}}
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> CacheConfig:
@@ -121,18 +174,22 @@ class CacheConfig:
         codec: str | None = None,
         layers: Mapping[int | str, Mapping[str, Any]] | None = None,
         num_layers: int | None = None,
+        layer_budget: str | Sequence[float] = "uniform",
         **settings: Any,
     ) -> CacheConfig:
         """From what a user writes; the rest comes from the preset, then from HF_KVCOMPRESS_*, then the default.
 
         Raises ValueError naming the argument, what was expected and what came.
         """
-        known = {f.name: f.type for f in fields(LayerConfig)}
         for name in settings:
-            if name not in known:
-                choose("argument", name, (*known, "preset", "codec", "layers"))
-        base = {**_from_environment(known), **({} if preset is None else PRESETS[_preset(preset)])}
-        default = LayerConfig(**{**base, **_with_codec(codec, settings)})
+            if name not in KNOWN:
+                choose("argument", name, (*KNOWN, "preset", "codec", "layers", "layer_budget"))
+        base = {**_from_environment(), **({} if preset is None else PRESETS[_preset(preset)])}
+        given = {**base, **_with_codec(codec, settings)}
+        budget_bytes = parse_bytes(given.pop("budget")) if isinstance(given.get("budget"), str) else None
+        if budget_bytes is not None:
+            given.setdefault("policy", DEFAULT_POLICY)
+        default = _layer_config(LayerConfig(), given)
         overrides = {}
         for index, override in (layers or {}).items():
             number = _layer_number(index, num_layers)
@@ -145,11 +202,30 @@ class CacheConfig:
             preset_of_layer = override.pop("preset", None)
             named = {} if preset_of_layer is None else PRESETS[_preset(preset_of_layer)]
             for name in override:
-                if name not in known and name != "codec":
-                    choose(f"layers[{index}]", name, (*known, "codec", "preset"))
+                if name not in KNOWN and name != "codec":
+                    choose(f"layers[{index}]", name, (*KNOWN, "codec", "preset"))
             own = {**named, **_with_codec(override.pop("codec", None), override)}
-            overrides[number] = replace(default, **own)
-        return cls(default, overrides)
+            overrides[number] = _layer_config(default, own)
+        shares = layer_budget if isinstance(layer_budget, str) else tuple(layer_budget)
+        layer_weights(shares, 1 if isinstance(shares, str) else len(shares))
+        return cls(default, overrides, budget_bytes, shares)
+
+
+#: what scores tokens where a budget is given and no policy
+DEFAULT_POLICY = "h2o"
+_OF_EVICTION = tuple(f.name for f in fields(EvictionConfig))
+KNOWN = (*(f.name for f in fields(LayerConfig) if f.name != "eviction"), *_OF_EVICTION)
+
+
+def _layer_config(base: LayerConfig, given: Mapping[str, Any]) -> LayerConfig:
+    """`base` with the settings given, those of eviction sorted into their own object."""
+    eviction = base.eviction
+    wanted = {name: value for name, value in given.items() if name in _OF_EVICTION}
+    if wanted.get("policy") == NO_POLICY:
+        eviction = None
+    elif wanted:
+        eviction = replace(eviction or EvictionConfig(policy=DEFAULT_POLICY), **wanted)
+    return replace(base, **{n: v for n, v in given.items() if n not in _OF_EVICTION}, eviction=eviction)
 
 
 def _preset(name: object) -> str:
@@ -175,19 +251,26 @@ def _layer_number(index: int | str, num_layers: int | None) -> int:
     return number
 
 
-def _from_environment(known: Mapping[str, Any]) -> dict[str, Any]:
+def _from_environment() -> dict[str, Any]:
     found: dict[str, Any] = {}
     if preset := os.environ.get(ENVIRONMENT + "PRESET"):
         found.update(PRESETS[choose(ENVIRONMENT + "PRESET", preset, tuple(PRESETS))])
-    for name in known:
+    for name in KNOWN:
         value = os.environ.get(ENVIRONMENT + name.upper())
         if value is None:
             continue
-        if isinstance(getattr(LayerConfig, name), int) or value.isdecimal():
-            try:
-                found[name] = int(value)
-            except ValueError:
-                raise expect(ENVIRONMENT + name.upper(), "a whole number", value) from None
-        else:
-            found[name] = value
+        default = getattr(EvictionConfig if name in _OF_EVICTION else LayerConfig, name, None)
+        number = _number(value)
+        if number is None and isinstance(default, int | float):
+            raise expect(ENVIRONMENT + name.upper(), "a whole number" if type(default) is int else "a number", value)
+        found[name] = value if number is None else number
     return found
+
+
+def _number(text: str) -> int | float | None:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return None

@@ -14,11 +14,15 @@ import torch
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from .config import LayerConfig
+from .eviction import Evictor
 from .handles import LazyTensor
 from .masks import MaskPlan
 from .monitor import Monitor
-from .reading import read_dense
+from .observation import Observation
+from .reading import read_dense, read_kept
 from .storage import LayerStorage
+
+LONGEST_DRAFT = 64  # tokens of a pass that is kept whole until the next one, with past recording on
 
 
 @dataclass
@@ -30,6 +34,9 @@ class Chunk:
     start: int
     kept: list[torch.Tensor] | None
     read: set[str] = field(default_factory=set)
+    queries: tuple[torch.Tensor, float] | None = None  # of the pass and what they are scaled with, for a policy
+    observed: Observation | None = None
+    attended: bool = False
 
     def of(self, role: str) -> torch.Tensor:
         return self.keys if role == "key" else self.values
@@ -57,6 +64,7 @@ class CompressedLayer(CacheLayerMixin):
         self.storage: LayerStorage | None = None
         self.chunk: Chunk | None = None
         self.seen = 0
+        self.stands_alone = False  # other layers hold other tokens, so one mask cannot serve all
         self.plan: MaskPlan | None = None  # of the coming pass, when the "kvcompress" mask function made its mask
 
     # -- staging and committing ----------------------------------------------------------------------------------------
@@ -100,17 +108,66 @@ class CompressedLayer(CacheLayerMixin):
             if plan.start == chunk.start and plan.q_length == chunk.keys.shape[2]:
                 chunk.kept = plan.kept()
 
-    def observe_queries(self, queries: torch.Tensor) -> None:
-        """Show the pass's queries `[B, Hq, q, D]` to the codec of the keys, if it wants them."""
-        if self.chunk is not None and self.storage is not None and self.storage.pages.codecs["key"].wants_queries:
-            self.storage.queries.observe(queries, self.chunk.kept)
+    def observe_queries(self, queries: torch.Tensor, scaling: float) -> None:
+        """Show the pass's queries `[B, Hq, q, D]` to whoever wants them: the codec of the keys, the policy."""
+        chunk, storage = self.chunk, self.storage
+        if chunk is None or storage is None:
+            return
+        chunk.attended = True
+        if storage.pages.codecs["key"].wants_queries:
+            storage.queries.observe(queries, chunk.kept)
+        if storage.evictor is not None and storage.evictor.window is not None:
+            chunk.queries = (queries, scaling)
+
+    @property
+    def wants_mass(self) -> bool:
+        """The policy asks for the attention that every token receives."""
+        evictor = self.storage.evictor if self.storage is not None else None
+        return evictor is not None and evictor.wants_mass and self.chunk is not None
+
+    @property
+    def may_be_cropped(self) -> bool:
+        """The pass in flight is a draft whose last tokens may be taken back: it is stored when the next one comes."""
+        evicts = self.storage is not None and self.storage.evictor is not None
+        return evicts and self.record_past and self.chunk is not None and self.chunk.keys.shape[2] <= LONGEST_DRAFT
+
+    def observe_mass(self, run: object, mass: torch.Tensor) -> None:
+        """Note the mass that the tokens of a run ("exact", "new" or a block) received in this pass."""
+        if self.chunk is not None:
+            if self.chunk.observed is None:
+                self.chunk.observed = Observation(by_query=self.may_be_cropped)
+            self.chunk.observed.add(run, mass)
+
+    def finish(self) -> None:
+        """The attention is done: commit, unless the pass may yet be cropped and a policy would evict for its sake."""
+        if not self.may_be_cropped:
+            self.commit()
 
     def commit(self) -> None:
-        """Store the pass in flight: drop its padding, append, seal full pages, give back what has left the window."""
+        """Store the pass in flight: drop its padding, append, seal full pages, evict, drop what has left the window."""
         chunk, self.chunk = self.chunk, None
-        if chunk is not None and self.storage is not None:
-            keys, values = chunk.keys.detach(), chunk.values.detach()
-            self.storage.append(keys, values, chunk.start, chunk.kept, self.record_past)
+        if chunk is None or self.storage is None:
+            return
+        keys, values, observed = chunk.keys.detach(), chunk.values.detach(), chunk.observed
+        if chunk.queries is not None and self.storage.evictor is not None and self.storage.evictor.window is not None:
+            self.storage.evictor.window.observe(*chunk.queries, chunk.start, chunk.kept)
+        if observed is not None:
+            observed = observed.of_first(keys.shape[2])
+        self.storage.append(keys, values, chunk.start, chunk.kept, self.record_past, observed)
+
+    def _crop_chunk(self, tokens: int) -> None:
+        """Take back the newest `tokens` of the pass in flight, which nothing has been done with yet."""
+        chunk = self.chunk
+        assert chunk is not None
+        left = chunk.keys.shape[2] - tokens
+        chunk.keys, chunk.values = chunk.keys[:, :, :left], chunk.values[:, :, :left]
+        if chunk.kept is not None:
+            chunk.kept = [own[own < left] for own in chunk.kept]
+        if chunk.queries is not None:
+            chunk.queries = (chunk.queries[0][:, :, :left], chunk.queries[1])
+        if left == 0:
+            self.chunk = None
+        self.seen -= tokens
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -130,8 +187,35 @@ class CompressedLayer(CacheLayerMixin):
     @values.setter
     def values(self, value: torch.Tensor | None) -> None: ...
 
+    @property
+    def _compact(self) -> bool:
+        """Tokens are gone, so that a dense read has only those that stayed, one behind the other."""
+        return self.storage is not None and self.storage.evictor is not None and self.storage.evictor.evicted
+
+    def _kept(self) -> int:
+        """Tokens that one row holds, the pass in flight not counted."""
+        assert self.storage is not None
+        return self.storage.tokens_stored()[0]
+
+    def _refuse_plain_attention(self, evictor: Evictor) -> None:
+        """Raise RuntimeError where a plain attention would be wrong: it shows no queries and hides no padding."""
+        why = None
+        if evictor.policy.needs_queries:
+            why = f"policy {evictor.policy.name!r} scores tokens with queries, which only the attention can hand over"
+        elif self.storage is not None and self.storage.batch > 1:
+            why = "a policy evicts each row's own tokens and cannot see a batch's padding"
+        elif not evictor.settings.uniform_heads or self.is_sliding or evictor.settings.demote_to or self.stands_alone:
+            why = "heads or layers hold different tokens"
+        if why is not None:
+            raise RuntimeError(
+                f"layer {self.index}: {why}. Call `hf_kvcompress.enable(model)` first: this model runs an attention "
+                "that does not know compressed caches."
+            )
+
     def dense_range(self) -> tuple[int, int]:
         """Positions that a dense read covers: what transformers' own layer of this kind would return."""
+        if self._compact:
+            return self.seen - self._kept() - (0 if self.chunk is None else self.chunk.keys.shape[2]), self.seen
         if self.sliding_window is None:
             return 0, self.seen
         start = self.chunk.start if self.chunk is not None else self.seen
@@ -142,6 +226,9 @@ class CompressedLayer(CacheLayerMixin):
         start, end = covered or self.dense_range()
         assert self.storage is not None
         chunk = self.chunk
+        if self._compact:
+            kept = read_kept(self.storage, role)
+            return kept if chunk is None else torch.cat([kept, chunk.of(role).to(kept.dtype)], dim=2)
         if chunk is None:
             return read_dense(self.storage, role, start, end)
         if chunk.start <= start:
@@ -158,6 +245,8 @@ class CompressedLayer(CacheLayerMixin):
         return LazyTensor(shape, storage.dtype, storage.device, lambda: self._read(role, covered), self, role)
 
     def _read(self, role: str, covered: tuple[int, int]) -> torch.Tensor:
+        if self.storage is not None and self.storage.evictor is not None:
+            self._refuse_plain_attention(self.storage.evictor)
         dense = self.dense(role, covered)
         if self.chunk is not None:
             self.chunk.read.add(role)
@@ -176,12 +265,18 @@ class CompressedLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the positions that `update` will return for `query_length` more tokens."""
-        past = self.seen if self.sliding_window is None else min(self.seen, self.sliding_window - 1)
+        if self._compact:
+            self.commit()
+            past = self._kept()
+        else:
+            past = self.seen if self.sliding_window is None else min(self.seen, self.sliding_window - 1)
         return past + query_length, self.seen - past
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
-        """Full layers always; a sliding layer as long as nothing has left it or past recording is on."""
+        """Full layers until they evict; a sliding layer as long as nothing has left it; both with past recording on."""
+        if self.storage is not None and self.storage.evictor is not None and self.storage.evictor.evicted:
+            return self.record_past
         return self.sliding_window is None or self.record_past or self.seen < self.sliding_window
 
     def activate_past_recording(self) -> None:
@@ -194,8 +289,19 @@ class CompressedLayer(CacheLayerMixin):
             raise ValueError(f"tokens_to_remove: expected 0 or a negative number of tokens, got {tokens_to_remove}")
         if self.storage is None:
             return
+        if self.may_be_cropped and self.chunk is not None and tokens_to_remove:
+            own = min(-tokens_to_remove, self.chunk.keys.shape[2])
+            self._crop_chunk(own)
+            tokens_to_remove += own
+            if tokens_to_remove == 0:
+                return
         self.commit()
         if tokens_to_remove:
+            if self.storage.evictor is not None and self.storage.evictor.evicted:
+                raise RuntimeError(
+                    f"crop: layer {self.index} has evicted tokens for the sake of those to be taken back; call "
+                    "`activate_past_recording` before a pass that you may want to crop, and crop before the next one"
+                )
             if not self.is_croppable:
                 raise RuntimeError(
                     f"crop: layer {self.index} has a sliding window of {self.sliding_window} and has given back older "

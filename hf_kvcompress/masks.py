@@ -19,17 +19,27 @@ from .handles import LazyTensor
 
 
 @dataclass(frozen=True)
+class Lines:
+    """Slots that are not the same for all heads: line i is of row `rows[i]` and key-value head `heads[i]` of `of`."""
+
+    rows: torch.Tensor
+    heads: torch.Tensor
+    of: int
+
+
+@dataclass(frozen=True)
 class Slots:
     """A run of a layer's slots: `positions(device)` gives `[B or 1, n]`, -1 where a row holds no token.
 
-    `key` is the same for equal runs of different layers, `past` says that all of them come before the first query,
-    `full` that no row is empty in any of them.
+    `key` is the same for equal runs of different layers (None: no other layer has it), `past` says that all of them
+    come before the first query, `full` that no row is empty in any of them. With `lines` positions are `[lines, n]`.
     """
 
     positions: Callable[[torch.device], torch.Tensor]
     key: Hashable
     past: bool
     full: bool
+    lines: Lines | None = None
 
 
 class MaskPlan:
@@ -82,32 +92,46 @@ class MaskPlan:
         new = self.padding[:, self.start : self.start + self.q_length].cpu()
         return None if bool(new.all()) else [row.nonzero()[:, 0] for row in new]
 
-    def allowed(self, slots: Slots) -> torch.Tensor | None:
-        """Which queries may see the tokens in these slots: `[B or 1, 1 or H, q, n]` booleans, None if all see all."""
-        if slots.key not in self._answers:
-            self._answers[slots.key] = self._evaluate(slots)
-        return self._answers[slots.key]
+    def allowed(self, slots: Slots, which: slice) -> torch.Tensor | None:
+        """Which of these queries may see the tokens in these slots, None if all see all.
 
-    def _evaluate(self, slots: Slots) -> torch.Tensor | None:
-        if slots.past and slots.full and self.function is causal_mask_function and self.no_padding:
+        `[B or 1, 1 or H, q, n]` booleans, or `[lines, 1, q, n]`.
+        """
+        if slots.past and slots.full and self.causal and self.no_padding:
             return None
+        if slots.key is None:
+            return self._evaluate(slots, which)
+        key = (slots.key, which.start, which.stop)
+        if key not in self._answers:
+            self._answers[key] = self._evaluate(slots, which)
+        return self._answers[key]
+
+    @property
+    def causal(self) -> bool:
+        """A query sees all that comes before it, and itself."""
+        return self.function is causal_mask_function
+
+    def _evaluate(self, slots: Slots, which: slice) -> torch.Tensor | None:
         positions = slots.positions(torch.device(self.device))
         clamped = positions.clamp(min=0)
         rows = torch.arange(self.batch, device=positions.device)
-        queries = torch.arange(self.q_length, device=positions.device) + self.start
+        if slots.lines is not None:
+            rows = slots.lines.rows.to(positions.device)
+        queries = torch.arange(self.q_length, device=positions.device)[which] + self.start
         heads = torch.zeros(1, dtype=torch.long, device=positions.device)
         if self.arguments.get("use_vmap", False):
-            answer = self._vmapped(rows, heads, queries, clamped.expand(self.batch, -1))
+            answer = self._vmapped(rows, heads, queries, clamped.expand(len(rows), -1))
         else:
             answer = self.function(
                 rows[:, None, None, None], heads[None, :, None, None], queries[:, None], clamped[:, None, None]
             )
-            answer = answer.expand(answer.shape[0], answer.shape[1], self.q_length, positions.shape[1])
+            answer = answer.expand(answer.shape[0], answer.shape[1], len(queries), positions.shape[1])
         answer = answer & (positions >= 0)[:, None, None]
         if not self.no_padding:
             assert self.padding is not None
             seen = self.padding.shape[1]  # tokens behind the mask's end do not exist for transformers either
-            shown = self.padding.gather(1, clamped.clamp(max=seen - 1).expand(self.batch, -1)) & (clamped < seen)
+            at = clamped.clamp(max=seen - 1).expand(len(rows), -1)
+            shown = self.padding[rows[:, None], at] & (clamped < seen)
             answer = answer & shown[:, None, None]
         return None if self._may_wait and bool(answer.all()) else answer
 
@@ -127,7 +151,7 @@ class MaskPlan:
 class DenseMask:
     """A mask that is a tensor already: a user's own 4-D mask, boolean or additive, for positions from `offset` on."""
 
-    no_padding = True
+    no_padding, causal = True, False
 
     def __init__(self, mask: torch.Tensor, offset: int):
         self.mask, self.offset = mask, offset
@@ -135,17 +159,29 @@ class DenseMask:
     def dense(self) -> torch.Tensor:
         return self.mask
 
-    def allowed(self, slots: Slots) -> torch.Tensor:
+    def allowed(self, slots: Slots, which: slice) -> torch.Tensor:
+        """`[B or 1, 1 or Hq, q, n]`, or `[lines, 1 or G, q, n]`, boolean or additive."""
         positions = slots.positions(self.mask.device)
-        columns = (positions - self.offset).clamp(0, self.mask.shape[-1] - 1)[:, None, None]
-        rows = max(self.mask.shape[0], positions.shape[0])
-        mask = self.mask.expand(rows, -1, -1, -1)
+        mask = self.mask[:, :, which]
+        if slots.lines is not None:
+            mask = self._of_lines(mask, slots.lines)
+        columns = (positions - self.offset).clamp(0, mask.shape[-1] - 1)[:, None, None]
+        rows = max(mask.shape[0], positions.shape[0])
+        mask = mask.expand(rows, -1, -1, -1)
         picked = mask.gather(3, columns.expand(rows, mask.shape[1], mask.shape[2], -1))
         # What the mask does not cover is no longer (or not yet) to be seen; -1 marks a slot without a token.
-        empty = ((positions < self.offset) | (positions >= self.offset + self.mask.shape[-1]))[:, None, None]
+        empty = ((positions < self.offset) | (positions >= self.offset + mask.shape[-1]))[:, None, None]
         if picked.dtype == torch.bool:
             return picked & ~empty
         return picked.masked_fill(empty, float("-inf"))
+
+    @staticmethod
+    def _of_lines(mask: torch.Tensor, lines: Lines) -> torch.Tensor:
+        """Each line's own part of the mask, `[lines, 1 or G, q, T]`."""
+        rows = lines.rows if mask.shape[0] > 1 else torch.zeros_like(lines.rows)
+        if mask.shape[1] == 1:
+            return mask[rows]
+        return mask.unflatten(1, (lines.of, -1))[rows, lines.heads]
 
 
 class CausalMask:
@@ -159,15 +195,18 @@ class CausalMask:
     def dense(self) -> None:
         return None
 
-    def allowed(self, slots: Slots) -> torch.Tensor | None:
+    def allowed(self, slots: Slots, which: slice) -> torch.Tensor | None:
         if slots.full and (slots.past or not self.causal):
             return None
         positions = slots.positions(self.device)
         answer = (positions >= 0)[:, None, None]
         if self.causal:
-            queries = torch.arange(self.q_length, device=positions.device) + self.q_offset
+            queries = torch.arange(self.q_length, device=positions.device)[which] + self.q_offset
             answer = answer & (positions[:, None, None] <= queries[:, None])
         return answer
+
+
+Mask = MaskPlan | DenseMask | CausalMask
 
 
 @torch.compiler.disable

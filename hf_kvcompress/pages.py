@@ -187,14 +187,21 @@ class PageStore:
         """Read back the first `tokens` tokens of a slab, `[B, H, tokens, D]` float32."""
         return self.codecs[role].decode(slab.packed(role)).flatten(2, 3)[:, :, :tokens]
 
-    def decode_row(self, role: str, row: int, start: int, end: int) -> torch.Tensor:
-        """Read back tokens `start .. end` of one row, `[1, H, end - start, D]` float32."""
-        parts = []
-        for slab, tokens in self.runs():
-            low, high = max(start - slab.start, 0), min(end - slab.start, tokens)
-            if low < high:
-                parts.append(self.decode(role, slab, tokens)[row : row + 1, :, low:high])
-        return torch.cat(parts, dim=2)
+    def read_row(self, row: int, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read back keys and values of the tokens `start .. end` of one row, `[1, H, end - start, D]` float32 each."""
+        both = []
+        for role in ("key", "value"):
+            parts = []
+            for slab, tokens in self.runs():
+                low, high = max(start - slab.start, 0), min(end - slab.start, tokens)
+                if low < high:
+                    parts.append(self.decode(role, slab, tokens)[row : row + 1, :, low:high])
+            both.append(torch.cat(parts, dim=2))
+        return both[0], both[1]
+
+    def state(self, row: int) -> tuple[int, ...]:
+        """Rows with the same state pack the same tokens alike."""
+        return (self.counts[row],)
 
     # -- rows and tokens -----------------------------------------------------------------------------------------------
 

@@ -3,20 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from .masks import Slots
-from .pages import Slab
+from .codecs.base import Packed
+from .lanes import Block, LanePages
+from .masks import Lines, Slots
 from .storage import LayerStorage
 
 
-def page_runs(storage: LayerStorage) -> Iterator[tuple[Slab, int, Slots]]:
-    """The sealed pages slab by slab: the slab, the tokens its fullest row has in it, and their slots."""
+@dataclass(frozen=True)
+class PageRun:
+    """Packed tokens to attend to: fields `[B, H, 1, ...]`, or `[lines, 1, 1, ...]` if `lanes` says whose they are.
+
+    Only the first `tokens` of `capacity` can hold any. `block` is what lines came from.
+    """
+
+    keys: Packed
+    values: Packed
+    capacity: int
+    tokens: int
+    slots: Slots
+    lanes: torch.Tensor | None = None
+    block: Block | None = None
+
+
+def page_runs(storage: LayerStorage) -> Iterator[PageRun]:
+    """The sealed pages, slab by slab or block by block."""
+    if isinstance(storage.pages, LanePages):
+        yield from _lane_runs(storage.pages)
+        return
     sinks = max(storage.window.sinks, default=0)  # a row that has sealed anything has all its sinks
     for slab, tokens in storage.pages.runs():
         counts = [min(count, slab.end) for count in storage.pages.counts]
-        yield slab, tokens, _page_slots(storage, sinks, slab.start, tokens, counts)
+        slots = _page_slots(storage, sinks, slab.start, tokens, counts)
+        yield PageRun(slab.keys, slab.values, slab.capacity, tokens, slots)
+
+
+def _lane_runs(pages: LanePages) -> Iterator[PageRun]:
+    for block in pages.blocks:
+        lanes = block.index("lanes")
+        lines = Lines(lanes // pages.heads, lanes % pages.heads, pages.heads)
+        full, tokens = min(block.counts) == block.capacity, max(block.counts)
+        if tokens:
+            slots = Slots(partial(_positions_of, block, tokens), None, past=True, full=full, lines=lines)
+            fields = pages.packed(block, "key"), pages.packed(block, "value")
+            yield PageRun(*fields, block.capacity, tokens, slots, lanes, block)
+
+
+def _positions_of(block: Block, tokens: int, device: torch.device) -> torch.Tensor:
+    return block.positions[:, :tokens].to(device, torch.long)
 
 
 def _page_slots(storage: LayerStorage, sinks: int, start: int, tokens: int, counts: list[int]) -> Slots:
@@ -41,14 +79,7 @@ def exact_run(storage: LayerStorage) -> tuple[torch.Tensor, torch.Tensor, Slots]
     length = window.sink_length + max(window.recent)  # unused sink slots of a short row are only hidden
 
     def positions(device: torch.device) -> torch.Tensor:
-        table = torch.full((storage.batch, length), -1)
-        for row, (sinks, sealed, recent) in enumerate(
-            zip(window.sinks, storage.pages.counts, window.recent, strict=True)
-        ):
-            at, first = window.sink_length, sinks + sealed
-            table[row, :sinks] = storage.positions.of_row(row, 0, sinks)
-            table[row, at : at + recent] = storage.positions.of_row(row, first, first + recent)
-        return table.to(device)
+        return storage.exact_positions().to(device)
 
     full = set(window.sinks) == {window.sink_length} and len(set(window.recent)) == 1
     key = ("exact", tuple(window.sinks), tuple(storage.pages.counts), *_key(storage))
@@ -63,7 +94,7 @@ def _key(storage: LayerStorage) -> tuple:
 def read_dense(storage: LayerStorage, role: str, start: int, end: int) -> torch.Tensor:
     """Keys or values at the positions `start .. end`, `[B, H, end - start, D]` in the model's dtype.
 
-    Positions without a token (padding that was dropped, or tokens still in flight) are zero.
+    Positions without a token (padding that was dropped, tokens evicted or still in flight) are zero.
     """
     shape = (storage.batch, storage.heads[role], end - start, storage.dims[role])
     dense = torch.zeros(shape, dtype=storage.dtype, device=storage.device)
@@ -71,14 +102,40 @@ def read_dense(storage: LayerStorage, role: str, start: int, end: int) -> torch.
     exact = window.keys if role == "key" else window.values
     sinks = max(window.sinks, default=0)
     _place(dense, storage, exact[:, :, :sinks], [0] * storage.batch, window.sinks, start, end)
-    for slab, tokens in storage.pages.runs():
-        held = [min(max(count - slab.start, 0), tokens) for count in sealed]
-        piece = storage.pages.decode(role, slab, tokens)
-        _place(dense, storage, piece, [sinks + slab.start] * storage.batch, held, start, end)
+    if isinstance(storage.pages, LanePages):
+        _scatter(dense, storage.pages, role, start, end)
+    else:
+        for slab, tokens in storage.pages.runs():
+            held = [min(max(count - slab.start, 0), tokens) for count in sealed]
+            piece = storage.pages.decode(role, slab, tokens)
+            _place(dense, storage, piece, [sinks + slab.start] * storage.batch, held, start, end)
     recent = exact[:, :, window.sink_length : window.sink_length + max(window.recent, default=0)]
     first = [s + c for s, c in zip(window.sinks, sealed, strict=True)]
     _place(dense, storage, recent, first, window.recent, start, end)
     return dense
+
+
+def _scatter(dense: torch.Tensor, pages: LanePages, role: str, start: int, end: int) -> None:
+    """Write every lane's own tokens where they stand."""
+    table = pages.table(range(pages.batch))
+    at = pages.look_up("positions", table, -1).long()
+    lane, place = ((at >= start) & (at < end)).nonzero(as_tuple=True)
+    if len(lane):
+        decoded = pages.decode(role, table)[lane, place].to(dense.dtype)
+        dense[lane // pages.heads, lane % pages.heads, at[lane, place] - start] = decoded
+
+
+def read_kept(storage: LayerStorage, role: str) -> torch.Tensor:
+    """Keys or values of the tokens that one row still holds, `[1, H, n, D]` in the order of positions.
+
+    All heads must hold equally many.
+    """
+    pages, window = storage.pages, storage.window
+    assert isinstance(pages, LanePages)
+    exact = window.keys if role == "key" else window.values
+    sealed = pages.decode(role, pages.table([0]))[None].to(storage.dtype)
+    recent = exact[:, :, window.sink_length : window.sink_length + window.recent[0]]
+    return torch.cat([exact[:, :, : window.sinks[0]], sealed, recent], dim=2)
 
 
 def _place(

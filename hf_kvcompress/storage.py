@@ -10,11 +10,14 @@ import torch
 from .codecs.base import Codec, Role
 from .codecs.registry import make_codec
 from .config import LayerConfig
+from .eviction import Evictor
+from .lanes import LanePages
 from .monitor import Monitor
+from .observation import Observation
 from .pages import PageStore
 from .positions import Positions
 from .queries import QueryStatistics
-from .window import ExactWindow
+from .window import ExactWindow, Parts
 
 SLIDING_SEGMENT = 128  # what has left a sliding window is given back a segment at a time
 
@@ -46,10 +49,17 @@ class LayerStorage:
         self.dims = {"key": key_dim, "value": values.shape[-1]}
         sinks = config.sink_length if sliding_window is None else 0
         room = config.residual_length + config.tokens_per_page  # what comes on top is sealed before it is stored
-        self.window = ExactWindow(batch, heads, key_dim, values.shape[-1], sinks, room, self.dtype, self.device)
         codecs = self._codec(config.keys, "key"), self._codec(config.values, "value")
-        segment = max(SLIDING_SEGMENT, config.tokens_per_page) if sliding_window is not None else None
-        self.pages = PageStore(codecs[0], codecs[1], batch, heads, self.device, segment)
+        evicts = config.eviction is not None and (sliding_window is None or config.sliding == "evict")
+        self.evictor = Evictor(config, index, batch, heads, sliding_window) if evicts else None
+        mass = self.evictor is not None and self.evictor.wants_mass
+        self.window = ExactWindow(batch, heads, key_dim, values.shape[-1], sinks, room, self.dtype, self.device, mass)
+        self.pages: PageStore | LanePages
+        if self.evictor is not None:
+            self.pages = LanePages(*codecs, batch, heads, self.device, mass)
+        else:
+            segment = max(SLIDING_SEGMENT, config.tokens_per_page) if sliding_window is not None else None
+            self.pages = PageStore(*codecs, batch, heads, self.device, segment)
         self.positions = Positions(batch)
         self.queries = QueryStatistics(batch, heads, codecs[0].wants_query_moment)
 
@@ -66,55 +76,82 @@ class LayerStorage:
     # -- appending -----------------------------------------------------------------------------------------------------
 
     def append(
-        self, keys: torch.Tensor, values: torch.Tensor, start: int, kept: Sequence[torch.Tensor] | None, record: bool
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        start: int,
+        kept: Sequence[torch.Tensor] | None,
+        record: bool,
+        observed: Observation | None = None,
     ) -> None:
-        """Append a chunk `[B, H, q, D]` that stands at `start`, of each row only the tokens at `kept[row]`, and seal.
+        """Append a chunk `[B, H, q, D]` that stands at `start`, of each row only the tokens at `kept[row]`; seal, evict.
 
-        With `record` a sliding layer gives nothing back, so that the chunk can be cropped again.
+        With `record` a sliding layer gives nothing back, so that the chunk can be cropped again. `observed` is the
+        attention that tokens received in this pass.
         """
         length = keys.shape[2]
+        chunk: Parts = (keys, values)
+        if self.window.mass is not None:
+            chunk += (self._add_mass(observed, keys),)
         self.positions.append(start, kept, length)
-        alike: dict[tuple[int, int, int, int], list[int]] = defaultdict(list)
+        alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for row in range(self.batch):
             new = length if kept is None else len(kept[row])
             if new:
-                state = (self.window.sinks[row], self.pages.counts[row], self.window.recent[row], new)
+                state = (self.window.sinks[row], *self.pages.state(row), self.window.recent[row], new)
                 alike[state].append(row)
+        if self.evictor is not None:
+            self.evictor.note_prompts([length] * self.batch if kept is None else [len(own) for own in kept])
         for (*_, new), rows in alike.items():
             if len(rows) == self.batch and new == length:
-                self._append_rows(rows, keys, values, record)
+                self._append_rows(rows, chunk, record)
                 continue
             index = torch.tensor(rows, device=keys.device)[:, None]
             picked = torch.arange(length)[None] if kept is None else torch.stack([kept[row] for row in rows])
             picked = picked.to(keys.device)
-            own_keys, own_values = (x.transpose(1, 2)[index, picked].transpose(1, 2) for x in (keys, values))
-            self._append_rows(rows, own_keys.contiguous(), own_values.contiguous(), record)
+            own = (part.transpose(1, 2)[index, picked].transpose(1, 2).contiguous() for part in chunk)
+            self._append_rows(rows, tuple(own), record)
         self.queries.newest = None  # they were of this pass only
-        if not record:
+        if self.evictor is not None:
+            self.evictor.evict(self)
+        elif not record:
             self.drop_expired()
 
-    def _append_rows(self, rows: list[int], keys: torch.Tensor, values: torch.Tensor, record: bool) -> None:
+    def _add_mass(self, observed: Observation | None, keys: torch.Tensor) -> torch.Tensor:
+        """Credit stored tokens with what they received; returns the new tokens' own `[B, H, q, 1]`."""
+        if observed is None:
+            return keys.new_zeros(*keys.shape[:3], 1, dtype=torch.float32)
+        assert self.window.mass is not None and isinstance(self.pages, LanePages)
+        if observed.exact is not None:
+            self.window.mass[:, :, : observed.exact.shape[2]] += observed.exact
+        for block, mass in observed.blocks:
+            assert block.mass is not None
+            block.mass += mass
+        assert observed.new is not None
+        return observed.new[..., None]
+
+    def _append_rows(self, rows: list[int], tokens: Parts, record: bool) -> None:
         """Append new tokens to rows that are alike in sinks, sealed and recent tokens."""
         window, page = self.window, self.pages.page_size
-        sinks = min(window.sink_length - window.sinks[rows[0]], keys.shape[2])
+        sinks = min(window.sink_length - window.sinks[rows[0]], tokens[0].shape[2])
         if sinks:
-            window.add_sinks(rows, keys[:, :, :sinks], values[:, :, :sinks])
-            keys, values = keys[:, :, sinks:], values[:, :, sinks:]
+            window.add_sinks(rows, tuple(part[:, :, :sinks] for part in tokens))
+            tokens = tuple(part[:, :, sinks:] for part in tokens)
         recent = window.recent[rows[0]]
-        sealing = (recent + keys.shape[2] - self.config.residual_length) // page * page
+        sealing = (recent + tokens[0].shape[2] - self.config.residual_length) // page * page
         if sealing < page:
-            window.append(rows, keys, values)
+            window.append(rows, tokens)
             return
         if recent:
-            old_keys, old_values = window.recent_of(rows)
-            keys, values = torch.cat([old_keys, keys], dim=2), torch.cat([old_values, values], dim=2)
-        skipped = 0 if record else self._skip_unseen(rows, keys.shape[2], sealing)
-        self._seal(rows, keys[:, :, skipped:], values[:, :, skipped:], sealing - skipped)
-        window.replace(rows, keys[:, :, sealing:], values[:, :, sealing:])
+            old = window.recent_of(rows)
+            tokens = tuple(torch.cat(pair, dim=2) for pair in zip(old, tokens, strict=True))
+        skipped = 0 if record else self._skip_unseen(rows, tokens[0].shape[2], sealing)
+        self._seal(rows, tuple(part[:, :, skipped:] for part in tokens), sealing - skipped)
+        window.replace(rows, tuple(part[:, :, sealing:] for part in tokens))
 
     def _skip_unseen(self, rows: list[int], new: int, sealing: int) -> int:
         """Tokens of a long prompt that have left a sliding window before they were ever sealed are not packed."""
-        if self.sliding_window is None:
+        if self.sliding_window is None or isinstance(self.pages, LanePages):
             return 0
         start = self.pages.counts[rows[0]]
         needed = max(start + new - (self.sliding_window - 1), 0)
@@ -126,20 +163,58 @@ class LayerStorage:
         self.drop_expired()
         return skip
 
-    def _seal(self, rows: list[int], keys: torch.Tensor, values: torch.Tensor, tokens: int) -> None:
-        if tokens == 0:
+    def _seal(self, rows: list[int], tokens: Parts, number: int) -> None:
+        if number == 0:
             return
-        before = self.pages.counts[rows[0]]
-        self.pages.seal(rows, keys, values, tokens, self.queries.mean_square(rows), self.queries.moment(rows))
+        before, pages = self.pages.counts[rows[0]], self.pages
+        keys, values, *mass = tokens
+        queries = self.queries.mean_square(rows), self.queries.moment(rows)
+        if isinstance(pages, LanePages):
+            assert self.evictor is not None
+            sinks = self.window.sinks[rows[0]]  # all a row may have, as it seals
+            at = [self.positions.of_row(row, sinks + before, sinks + before + number) for row in rows]
+            own_mass = mass[0][:, :, :number, 0] if mass else None
+            room = min(self.evictor.room(self.seen_by(row), pages.most_held(row)) for row in rows)
+            pages.seal(rows, keys, values, number, torch.stack(at), own_mass, room, *queries)
+            return
+        pages.seal(rows, keys, values, number, *queries)
         if self.monitor is not None:
-            self.monitor.measure(self.index, self.pages, rows, before, keys[:, :, :tokens], values[:, :, :tokens])
+            self.monitor.measure(self.index, pages, rows, before, keys[:, :, :number], values[:, :, :number])
 
     def drop_expired(self) -> None:
         """Give back pages that no coming query of a sliding layer sees."""
-        if self.sliding_window is None:
+        if self.sliding_window is None or isinstance(self.pages, LanePages):
             return
         rows = zip(self.window.sinks, self.pages.counts, self.window.recent, strict=True)
         self.pages.drop_before(min(max(sum(row) - (self.sliding_window - 1), 0) for row in rows))
+
+    # -- what a policy asks --------------------------------------------------------------------------------------------
+
+    def seen_by(self, row: int) -> int:
+        """Tokens that a row has taken in, evicted ones included and padding not."""
+        return self.window.sinks[row] + self.pages.counts[row] + self.window.recent[row]
+
+    def first_position(self, row: int) -> int:
+        """Position of a row's first token."""
+        return int(self.positions.of_row(row, 0, 1)[0])
+
+    def exact_keys(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys `[L, n, D]` float32 and positions `[L, n]` of the rows' sinks and recent window, -1 where none."""
+        heads, length = self.heads["key"], self.window.sink_length + max(self.window.recent)
+        keys = self.window.keys[list(rows), :, :length].float()
+        table = self.exact_positions()[list(rows)].to(self.device)
+        keys = keys * (table >= 0)[:, None, :, None]
+        return keys.flatten(0, 1), table.repeat_interleave(heads, 0)
+
+    def exact_positions(self) -> torch.Tensor:
+        """Positions of the sinks and recent window, `[B, sink_length + longest window]` on the host, -1 where none."""
+        window = self.window
+        table = torch.full((self.batch, window.sink_length + max(window.recent)), -1)
+        for row, (sinks, sealed, recent) in enumerate(zip(window.sinks, self.pages.counts, window.recent, strict=True)):
+            at, first = window.sink_length, sinks + sealed
+            table[row, :sinks] = self.positions.of_row(row, 0, sinks)
+            table[row, at : at + recent] = self.positions.of_row(row, first, first + recent)
+        return table
 
     # -- tokens and rows -----------------------------------------------------------------------------------------------
 
@@ -158,8 +233,7 @@ class LayerStorage:
         inside = max(count - sinks, 0)
         whole = inside // self.pages.page_size * self.pages.page_size
         if inside > whole:
-            keys, values = (self.pages.decode_row(role, row, whole, inside) for role in ("key", "value"))
-            self.window.replace([row], keys.to(self.dtype), values.to(self.dtype))
+            self.window.replace([row], self.pages.read_row(row, whole, inside))
         else:
             self.window.recent[row] = 0
         self.window.sinks[row] = min(sinks, count)
@@ -171,14 +245,21 @@ class LayerStorage:
         self.pages.map_rows(rows)
         self.positions.map_rows(rows.tolist())
         self.queries.map_rows(rows.tolist())
+        if self.evictor is not None:
+            self.evictor.map_rows(rows.tolist())
 
     def tokens_stored(self) -> list[int]:
-        """Tokens of each row that queries to come can see."""
+        """Tokens of each row that queries to come can see, on average over heads."""
         counts = self.positions.counts
+        if isinstance(self.pages, LanePages):
+            return [
+                sinks + self.pages.mean_held(row) + recent
+                for row, (sinks, recent) in enumerate(zip(self.window.sinks, self.window.recent, strict=True))
+            ]
         return counts if self.sliding_window is None else [min(count, self.sliding_window - 1) for count in counts]
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Every tensor held."""
-        yield from (self.window.keys, self.window.values)
+        yield from self.window.parts
         yield from self.pages.tensors()
         yield from (t for t in (self.positions.table, self.queries.sums) if t is not None)

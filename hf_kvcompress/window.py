@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+Parts = tuple[torch.Tensor, ...]  # keys, values and, where it is tracked, attention mass
+
 
 class ExactWindow:
     """Keys and values in the model's dtype: `sink_length` slots for sinks, then the recent window, ragged by row.
@@ -15,6 +17,7 @@ class ExactWindow:
         sink_length: sinks a row keeps at most.
         room: slots of the recent window to begin with; it grows if a longer one must be held.
         dtype, device: as the model has them.
+        track_mass: keep each token's attention mass `[B, H, slots, 1]` as well, in float32.
     """
 
     def __init__(
@@ -27,53 +30,68 @@ class ExactWindow:
         room: int,
         dtype: torch.dtype,
         device: torch.device,
+        track_mass: bool = False,
     ):
         self.sink_length = sink_length
-        self.keys = torch.zeros(batch, heads, sink_length + room, key_dim, dtype=dtype, device=device)
-        self.values = torch.zeros(batch, heads, sink_length + room, value_dim, dtype=dtype, device=device)
+        kinds = [(key_dim, dtype), (value_dim, dtype)] + [(1, torch.float32)] * track_mass
+        shape = (batch, heads, sink_length + room)
+        self.parts = tuple(torch.zeros(*shape, dim, dtype=kind, device=device) for dim, kind in kinds)
         self.sinks = [0] * batch
         self.recent = [0] * batch
+
+    @property
+    def keys(self) -> torch.Tensor:
+        return self.parts[0]
+
+    @property
+    def values(self) -> torch.Tensor:
+        return self.parts[1]
+
+    @property
+    def mass(self) -> torch.Tensor | None:
+        """`[B, H, slots]`, if it is tracked."""
+        return self.parts[2][..., 0] if len(self.parts) > 2 else None
 
     def _index(self, rows: Sequence[int]) -> slice | torch.Tensor:
         return slice(None) if len(rows) == len(self.recent) else torch.tensor(rows, device=self.keys.device)
 
-    def add_sinks(self, rows: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write the next sinks of rows that hold equally many, `[len(rows), H, n, D]`."""
-        start, index = self.sinks[rows[0]], self._index(rows)
-        where = slice(start, start + keys.shape[2])
-        self.keys[index, :, where], self.values[index, :, where] = keys, values
-        for row in rows:
-            self.sinks[row] += keys.shape[2]
+    def _write(self, rows: Sequence[int], start: int, tokens: Parts) -> None:
+        index, where = self._index(rows), slice(start, start + tokens[0].shape[2])
+        for part, new in zip(self.parts, tokens, strict=True):
+            part[index, :, where] = new
 
-    def recent_of(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The recent tokens of rows that hold equally many, `[len(rows), H, n, D]` each."""
+    def add_sinks(self, rows: Sequence[int], tokens: Parts) -> None:
+        """Write the next sinks of rows that hold equally many, each part `[len(rows), H, n, ...]`."""
+        self._write(rows, self.sinks[rows[0]], tokens)
+        for row in rows:
+            self.sinks[row] += tokens[0].shape[2]
+
+    def recent_of(self, rows: Sequence[int]) -> Parts:
+        """The recent tokens of rows that hold equally many, each part `[len(rows), H, n, ...]`."""
         index = self._index(rows)
         where = slice(self.sink_length, self.sink_length + self.recent[rows[0]])
-        return self.keys[index, :, where], self.values[index, :, where]
+        return tuple(part[index, :, where] for part in self.parts)
 
-    def append(self, rows: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
+    def append(self, rows: Sequence[int], tokens: Parts) -> None:
         """Write new tokens behind the recent ones of rows that hold equally many."""
-        start, index = self.sink_length + self.recent[rows[0]], self._index(rows)
-        end = start + keys.shape[2]
-        self._reserve(end)
-        self.keys[index, :, start:end], self.values[index, :, start:end] = keys, values
+        start, number = self.sink_length + self.recent[rows[0]], tokens[0].shape[2]
+        self._reserve(start + number)
+        self._write(rows, start, tokens)
         for row in rows:
-            self.recent[row] += keys.shape[2]
+            self.recent[row] += number
 
-    def replace(self, rows: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
+    def replace(self, rows: Sequence[int], tokens: Parts) -> None:
         """Make these the recent tokens of the rows (they may be views of what is there now)."""
-        keys, values = keys.clone(), values.clone()
+        tokens = tuple(part.clone() for part in tokens)
         for row in rows:
             self.recent[row] = 0
-        self.append(rows, keys, values)
+        self.append(rows, tokens)
 
     def _reserve(self, slots: int) -> None:
         have = self.keys.shape[2]
-        if slots <= have:
-            return
-        more = max(slots, have + have // 2) - have
-        self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, more))
-        self.values = torch.nn.functional.pad(self.values, (0, 0, 0, more))
+        if slots > have:
+            more = max(slots, have + have // 2) - have
+            self.parts = tuple(torch.nn.functional.pad(part, (0, 0, 0, more)) for part in self.parts)
 
     def map_rows(self, rows: torch.Tensor) -> None:
         """Make row i what row `rows[i]` was."""
@@ -81,8 +99,8 @@ class ExactWindow:
         self.sinks = [self.sinks[row] for row in order]
         self.recent = [self.recent[row] for row in order]
         rows = rows.to(self.keys.device)
-        self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+        self.parts = tuple(part.index_select(0, rows) for part in self.parts)
 
     def used_bytes(self) -> int:
-        entry = (self.keys[:1, :, :1].numel() + self.values[:1, :, :1].numel()) * self.keys.element_size()
+        entry = sum(part[:1, :, :1].numel() * part.element_size() for part in self.parts)
         return entry * (sum(self.sinks) + sum(self.recent))

@@ -9,6 +9,7 @@ segment at once. It never sees positions, padding or transformers.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal
@@ -125,6 +126,23 @@ class Codec(ABC):
     @abstractmethod
     def tolerance(self, x: torch.Tensor, segment: Packed) -> torch.Tensor:
         """Declared bound on the L2 norm of `decode - x` over D for each token, `[..., T]`: a true one, no estimate."""
+
+    def gather(self, parts: Sequence[Packed], index: torch.Tensor) -> Packed:
+        """The tokens at `index` `[n, T]` (T a multiple of page_size) of all those in `parts`, not a code changed.
+
+        The fields of a part are `[m, T', ...]` and its tokens are numbered on from those of the part before. Only the
+        fields with `tokens` set are given back, `[n, T, ...]`. Raises ValueError for a codec whose tokens are packed
+        together.
+        """
+        if not self.token_wise:
+            raise ValueError(f"codec: expected one that packs every token by itself, got {self.name}")
+        picked = {}
+        for name, field in self.fields.items():
+            if field.tokens == 1:
+                tokens = [part[name].movedim(-1, 1) if field.tokens_last else part[name] for part in parts]
+                chosen = torch.cat([t.flatten(0, 1) for t in tokens])[index]
+                picked[name] = chosen.movedim(1, -1) if field.tokens_last else chosen
+        return picked
 
     # -- use without reading back; the defaults read back, the fast paths do not ---------------------------------------
 

@@ -8,7 +8,7 @@ Encoding works on columns `[D, R]`, R = rows * tokens: every operation is elemen
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import torch
@@ -135,6 +135,14 @@ class IntegerCodec(Codec):
             else:  # then the block holds whole rows
                 out[start:end].view(-1, self.dim).copy_(columns.t())
         return out.view(*lead, tokens, self.dim)
+
+    def gather(self, parts: Sequence[Packed], index: torch.Tensor) -> Packed:
+        """The tokens at `index`; codes that are packed along the tokens are unpacked on the way."""
+        picked = super().gather(parts, index)
+        if self.role == "value":
+            columns = torch.cat([self._unpack_columns(part, part["codes"].shape[0]) for part in parts], dim=1)
+            picked.update(self._pack_columns(torch.index_select(columns, 1, index.flatten()), index.shape[0]))
+        return picked
 
     def _blocks(self, rows: int, tokens: int, device: torch.device, budget: int) -> Iterator[tuple[int, int, int, int]]:
         page = self.page_size

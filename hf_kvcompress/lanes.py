@@ -1,0 +1,392 @@
+"""Packed tokens that can be evicted, ragged by lane: a lane is one row's key-value head, and holds tokens of its own.
+
+Tokens stand in lines of a block; a lane has as many lines as its tokens need, so heads with smaller budgets take less
+memory. Lines come in the order of their tokens' positions. Every token carries its position and, where a policy wants
+it, the attention mass it has received. Statistics are kept by lane and epoch, apart from the lines: an epoch begins when
+four times as many tokens have been sealed as its predecessor's statistics knew, so there are at most four, and tokens of
+one epoch can be gathered together without touching their codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from .codecs.base import Codec, Packed
+
+ENOUGH = 2048  # tokens after which statistics are no longer made anew
+GROWTH = 4
+ROOM = 512  # tokens of a new open block, where the budget leaves room for them
+LINE_COST = 8  # what a further line costs, in tokens
+LINE = 20  # a token's number: that of its line, and in the lowest bits its place there
+INSIDE = (1 << LINE) - 1
+
+
+@dataclass
+class Block:
+    """Lines of `capacity` tokens: `lanes`, `epochs` (rows of the statistics) and `counts` have one entry a line.
+
+    The packed tensors are `[n, ...]` with the fields of tokens only; positions `[n, capacity]` int32, -1 where empty;
+    mass `[n, capacity]` float32.
+    """
+
+    lanes: list[int]
+    epochs: list[int]
+    counts: list[int]
+    capacity: int
+    packed: dict[str, Packed]
+    positions: torch.Tensor
+    mass: torch.Tensor | None
+    _index: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    def index(self, name: str) -> torch.Tensor:
+        """`lanes` or `epochs` as a tensor where the tokens are."""
+        if name not in self._index:
+            self._index[name] = torch.tensor(getattr(self, name), device=self.positions.device)
+        return self._index[name]
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        for packed in self.packed.values():
+            yield from packed.values()
+        yield self.positions
+        if self.mass is not None:
+            yield self.mass
+
+    def select(self, lines: Sequence[int], lanes: list[int]) -> Block:
+        """Some of the lines, as lines of other lanes."""
+        index = torch.tensor(lines, dtype=torch.long, device=self.positions.device)
+        packed = {role: {k: t.index_select(0, index) for k, t in p.items()} for role, p in self.packed.items()}
+        mass = None if self.mass is None else self.mass.index_select(0, index)
+        epochs, counts = ([x[line] for line in lines] for x in (self.epochs, self.counts))
+        return Block(lanes, epochs, counts, self.capacity, packed, self.positions.index_select(0, index), mass)
+
+
+class LanePages:
+    """The sealed tokens of one layer that has a policy.
+
+    Args:
+        key_codec, value_codec: how keys and values are packed.
+        batch, heads: B and H.
+        device: where the pages live.
+        track_mass: keep each token's attention mass.
+    """
+
+    def __init__(
+        self, key_codec: Codec, value_codec: Codec, batch: int, heads: int, device: torch.device, track_mass: bool
+    ):
+        self.codecs: dict[str, Codec] = {"key": key_codec, "value": value_codec}
+        self.heads, self.device, self.track_mass = heads, device, track_mass
+        self.page_size = key_codec.page_size
+        self.blocks: list[Block] = []
+        self.statistics: dict[str, Packed] = {"key": {}, "value": {}}  # each `[epochs of all lanes, ...]`
+        self.histories: dict[str, Packed] = {"key": {}, "value": {}}  # each `[B, H, 1, ...]`
+        self.counts = [0] * batch  # tokens that each row has sealed, evicted ones included
+        self.known = [0] * batch  # tokens that the statistics of a row's epoch were made of
+        self.epoch = [0] * batch  # row of the statistics that the row's first head is at; its other heads follow
+        self.open: list[tuple[Block, int] | None] = [None] * batch  # block being filled, and the row's first line in it
+
+    @property
+    def batch(self) -> int:
+        return len(self.counts)
+
+    @property
+    def held(self) -> list[int]:
+        """Tokens of each lane."""
+        held = [0] * (self.batch * self.heads)
+        for block in self.blocks:
+            for lane, count in zip(block.lanes, block.counts, strict=True):
+                held[lane] += count
+        return held
+
+    # -- writing -------------------------------------------------------------------------------------------------------
+
+    def seal(
+        self,
+        rows: Sequence[int],
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        tokens: int,
+        positions: torch.Tensor,
+        mass: torch.Tensor | None,
+        room: int,
+        query_ms: torch.Tensor | None = None,
+        query_moment: torch.Tensor | None = None,
+    ) -> None:
+        """Pack the first `tokens` of keys and values `[R, H, >= tokens, D]`, which stand at `positions` `[R, tokens]`.
+
+        The rows must have sealed equally many tokens. `mass` `[R, H, tokens]` is what they have received so far, `room`
+        the tokens that a lane may yet hold: no more is allocated ahead.
+        """
+        before, index = self.counts[rows[0]], torch.tensor(rows, device=self.device)
+        lines = len(rows) * self.heads
+        pair = {"key": keys, "value": values}
+        if before == 0 or self.known[rows[0]] < ENOUGH and before + tokens >= GROWTH * self.known[rows[0]]:
+            self._begin_epoch(rows, index, before, tokens, pair, query_ms)
+        epochs = torch.tensor(self._epochs(rows), device=self.device)
+        encoded: dict[str, Packed] = {}
+        for role, x in pair.items():
+            codec = self.codecs[role]
+            self._learn(role, index, before, x[:, :, None, :tokens])
+            shape = (len(rows), self.heads, 1)
+            segment = {name: t[epochs].unflatten(0, shape) for name, t in self.statistics[role].items()}
+            queries = query_moment if role == "key" else None
+            packed = codec.encode(x[:, :, None, :tokens], segment, queries)
+            encoded[role] = {name: t.flatten(0, 2) for name, t in packed.items()}
+        positions = positions.to(self.device, torch.int32).repeat_interleave(self.heads, 0)
+        flat_mass = None if mass is None else mass.reshape(lines, -1)
+        done = 0
+        while done < tokens:
+            done += self._write(rows, encoded, positions, flat_mass, done, tokens, room - done)
+        for row in rows:
+            self.counts[row] = before + tokens
+
+    def _epochs(self, rows: Sequence[int]) -> list[int]:
+        return [self.epoch[row] + head for row in rows for head in range(self.heads)]
+
+    def _begin_epoch(
+        self,
+        rows: Sequence[int],
+        index: torch.Tensor,
+        before: int,
+        tokens: int,
+        pair: dict[str, torch.Tensor],
+        query_ms: torch.Tensor | None,
+    ) -> None:
+        """Make statistics of the rows' lanes from the tokens at hand and the history."""
+        first = 0
+        for role, x in pair.items():
+            history = self._history(role, index, before)
+            ms = query_ms[:, :, None] if query_ms is not None and role == "key" else None
+            made = self.codecs[role].begin_segment(x.unsqueeze(2), ms, history)
+            table = self.statistics[role]
+            for name, statistic in made.items():
+                flat = statistic.flatten(0, 2)
+                first = len(table[name]) if name in table else 0
+                table[name] = torch.cat([table[name], flat]) if name in table else flat
+        for number, row in enumerate(rows):
+            self.epoch[row] = first + number * self.heads
+            self.known[row] = before + tokens
+            self.open[row] = None  # lines have one statistic each
+
+    def _history(self, role: str, index: torch.Tensor, sealed: int) -> Packed:
+        return {name: t[index] for name, t in self.histories[role].items()} if sealed else {}
+
+    def _learn(self, role: str, index: torch.Tensor, sealed: int, x: torch.Tensor) -> None:
+        kept = self.histories[role]
+        for name, learned in self.codecs[role].learn(self._history(role, index, sealed), x).items():
+            if name not in kept:
+                kept[name] = learned.new_zeros(self.batch, *learned.shape[1:])
+            kept[name][index] = learned
+
+    def _write(
+        self,
+        rows: Sequence[int],
+        encoded: dict[str, Packed],
+        positions: torch.Tensor,
+        mass: torch.Tensor | None,
+        start: int,
+        end: int,
+        room: int,
+    ) -> int:
+        """Copy packed tokens from number `start` on into the rows' open block; returns how many it took."""
+        at = self.open[rows[0]]
+        filled = at[0].counts[at[1]] if at is not None else 0
+        alike = at is not None and filled < at[0].capacity
+        for row in rows:
+            own = self.open[row]
+            alike &= own is not None and at is not None and own[0] is at[0] and own[0].counts[own[1]] == filled
+        if not alike:
+            at, filled = self._add_block(rows, max(end - start, min(room, ROOM) // self.page_size * self.page_size)), 0
+        assert at is not None
+        block, lines = at[0], self._lines(rows)
+        taken = min(end - start, block.capacity - filled)
+        index: slice | torch.Tensor = slice(None)
+        if len(lines) < len(block.lanes):
+            index = torch.tensor(lines, device=self.device)
+        block.positions[index, filled : filled + taken] = positions[:, start : start + taken]
+        if block.mass is not None:
+            block.mass[index, filled : filled + taken] = 0.0 if mass is None else mass[:, start : start + taken]
+        for role, packed in encoded.items():
+            for name, entry in packed.items():
+                field = self.codecs[role].fields[name]
+                assert field.tokens is not None
+                to, of = slice(filled // field.tokens, (filled + taken) // field.tokens), start // field.tokens
+                source = entry.narrow(-1 if field.tokens_last else 1, of, taken // field.tokens)
+                target = block.packed[role][name]
+                target[(index, ..., to) if field.tokens_last else (index, to)] = source
+        for line in lines:
+            block.counts[line] += taken
+        return taken
+
+    def _lines(self, rows: Sequence[int]) -> list[int]:
+        firsts = [at[1] for at in (self.open[row] for row in rows) if at is not None]
+        return [first + head for first in firsts for head in range(self.heads)]
+
+    def _add_block(self, rows: Sequence[int], capacity: int) -> tuple[Block, int]:
+        """A new open block with a line for every lane of these rows."""
+        lanes = [row * self.heads + head for row in rows for head in range(self.heads)]
+        block = self.new_block(lanes, self._epochs(rows), capacity)
+        for number, row in enumerate(rows):
+            self.open[row] = (block, number * self.heads)
+        self.blocks.append(block)
+        return block, 0
+
+    def new_block(self, lanes: list[int], epochs: list[int], capacity: int) -> Block:
+        n = len(lanes)
+        packed = {
+            role: {
+                name: torch.zeros(field.stored_shape((n,), capacity), dtype=field.dtype, device=self.device)
+                for name, field in codec.fields.items()
+                if field.tokens is not None
+            }
+            for role, codec in self.codecs.items()
+        }
+        positions = torch.full((n, capacity), -1, dtype=torch.int32, device=self.device)
+        mass = torch.zeros(n, capacity, device=self.device) if self.track_mass else None
+        return Block(lanes, epochs, [0] * n, capacity, packed, positions, mass)
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def packed(self, block: Block, role: str) -> Packed:
+        """A block's fields with its lines' statistics, `[n, 1, 1, ...]`, as codecs read them."""
+        epochs = block.index("epochs")
+        statistics = {name: t[epochs] for name, t in self.statistics[role].items()}
+        return {name: t[:, None, None] for name, t in {**block.packed[role], **statistics}.items()}
+
+    def table(self, rows: Sequence[int]) -> torch.Tensor:
+        """Numbers of the rows' tokens, `[len(rows) * H, N]` on the host in the order of positions, -1 where none."""
+        lanes = [row * self.heads + head for row in rows for head in range(self.heads)]
+        held = self.held
+        table = torch.full((len(lanes), max((held[lane] for lane in lanes), default=0)), -1, dtype=torch.long)
+        place = {lane: i for i, lane in enumerate(lanes)}
+        filled = [0] * len(lanes)
+        for number, (block, line) in enumerate(self.lines()):
+            i, count = place.get(block.lanes[line]), block.counts[line]
+            if i is not None and count:
+                begin = number << LINE
+                table[i, filled[i] : filled[i] + count] = torch.arange(begin, begin + count)
+                filled[i] += count
+        return table
+
+    def lines(self) -> Iterator[tuple[Block, int]]:
+        """Every line, as its block and its number there."""
+        for block in self.blocks:
+            for line in range(len(block.lanes)):
+                yield block, line
+
+    def flat(self, table: torch.Tensor) -> torch.Tensor:
+        """Numbers of tokens -> where they are when all blocks are laid out one behind the other; -1 stays."""
+        sizes = torch.tensor([block.capacity for block, _ in self.lines()])
+        firsts = sizes.cumsum(0) - sizes
+        return torch.where(table < 0, -1, firsts[table.clamp(min=0) >> LINE] + (table & INSIDE))
+
+    def look_up(self, name: str, table: torch.Tensor, absent: float) -> torch.Tensor:
+        """`positions` or `mass` of the tokens in a table, `[L, N]`."""
+        if not self.blocks:
+            return torch.full(table.shape, absent, device=self.device)
+        values = torch.cat([getattr(block, name).flatten() for block in self.blocks])
+        at = self.flat(table).to(self.device)
+        return values[at.clamp(min=0)].masked_fill_(at < 0, absent)
+
+    def decode(self, role: str, table: torch.Tensor) -> torch.Tensor:
+        """Read back the tokens in a table, `[L, N, D]` float32, zeros where it has none."""
+        out = torch.zeros(*table.shape, self.codecs[role].dim, device=self.device)
+        first = 0
+        for block in self.blocks:
+            last = first + len(block.lanes)
+            wanted = ((table >> LINE >= first) & (table >> LINE < last) & (table >= 0)).nonzero(as_tuple=True)
+            if len(wanted[0]):
+                ids = table[wanted]
+                lines, numbers = ((ids >> LINE) - first).unique(return_inverse=True)
+                lines = lines.to(self.device)
+                packed = {name: t[lines] for name, t in self.packed(block, role).items()}
+                decoded = self.codecs[role].decode(packed).flatten(0, 3)  # [lines * capacity, D]
+                at = (numbers * block.capacity + (ids & INSIDE)).to(self.device)
+                out[wanted[0].to(self.device), wanted[1].to(self.device)] = decoded[at]
+            first = last
+        return out
+
+    def read_row(self, row: int, start: int, end: int) -> tuple[torch.Tensor, ...]:
+        """Read back keys, values and, where tracked, mass of a row's tokens `start .. end` of those it ever sealed.
+
+        None of the tokens sealed since `start` may have been evicted. Each part is `[1, H, end - start, ...]` float32.
+        """
+        table = self.table([row])
+        held = self.held[row * self.heads : (row + 1) * self.heads]
+        cut = torch.stack(
+            [t[h - (self.counts[row] - start) :][: end - start] for t, h in zip(table, held, strict=True)]
+        )
+        parts = [self.decode(role, cut)[None] for role in ("key", "value")]
+        if self.track_mass:
+            parts.append(self.look_up("mass", cut, 0.0)[None, ..., None])
+        return tuple(parts)
+
+    def state(self, row: int) -> tuple[int, ...]:
+        """Rows with the same state pack the same tokens alike."""
+        return self.counts[row], self.known[row]
+
+    def most_held(self, row: int) -> int:
+        """Tokens of the row's fullest lane."""
+        return max(self.held[row * self.heads : (row + 1) * self.heads])
+
+    def mean_held(self, row: int) -> int:
+        """Tokens of the row's lanes on average, rounded up."""
+        return -(-sum(self.held[row * self.heads : (row + 1) * self.heads]) // self.heads)
+
+    # -- rows and tokens -----------------------------------------------------------------------------------------------
+
+    def map_rows(self, rows: torch.Tensor) -> None:
+        """Make row i of the store what row `rows[i]` was."""
+        order = rows.tolist()
+        blocks = []
+        for block in self.blocks:
+            lines, lanes = [], []
+            for row, old in enumerate(order):
+                for line, lane in enumerate(block.lanes):
+                    if lane // self.heads == old:
+                        lines.append(line)
+                        lanes.append(row * self.heads + lane % self.heads)
+            if lines:
+                blocks.append(block.select(lines, lanes))
+        self.blocks, self.open = blocks, [None] * len(order)
+        self.counts, self.known, self.epoch = ([x[row] for row in order] for x in (self.counts, self.known, self.epoch))
+        index = rows.to(self.device)
+        for history in self.histories.values():
+            history.update({name: t.index_select(0, index) for name, t in history.items()})
+
+    def truncate(self, row: int, tokens: int) -> None:
+        """Forget what a row sealed from number `tokens` on (of those it ever sealed); nothing of it may be evicted."""
+        gone = self.counts[row] - tokens
+        for head in range(self.heads):
+            left = gone
+            for block in reversed(self.blocks):
+                for line in reversed(range(len(block.lanes))):
+                    if block.lanes[line] == row * self.heads + head and left:
+                        taken = min(left, block.counts[line])
+                        block.counts[line] -= taken
+                        block.positions[line, block.counts[line] :] = -1
+                        left -= taken
+        self.counts[row] = tokens
+        self.blocks = [block for block in self.blocks if any(block.counts)]
+        self.open[row] = None
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        for block in self.blocks:
+            yield from block.tensors()
+        for group in (self.statistics, self.histories):
+            for packed in group.values():
+                yield from packed.values()
+
+    def tokens_in_slabs(self) -> int:
+        """Sealed tokens that are held, over all rows, on average over heads."""
+        return sum(self.held) // self.heads
+
+    def used_bytes(self) -> int:
+        """Bytes of the entries that hold tokens, statistics included; the rest of the tensors is slack."""
+        total = 0
+        for block in self.blocks:
+            own = sum(tensor.nbytes for tensor in block.tensors())
+            total += own * sum(block.counts) // (len(block.lanes) * block.capacity)
+        return total + sum(t.nbytes for packed in self.statistics.values() for t in packed.values())

@@ -1,0 +1,108 @@
+"""Settings of eviction in one layer: validated, frozen, JSON-ready."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from .base import Policy
+from .registry import make_policy
+
+UNITS = {"B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}
+HOST = "cpu"
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "64MB", "1.5 GB" ...: powers of 1024. Raises ValueError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)i?B\s*", text, re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"budget: expected bytes such as '64MB', tokens or a ratio, got {text!r}")
+    return int(float(match[1]) * UNITS[match[2].upper() + "B"])
+
+
+def _refuse(name: str, expected: str, got: object) -> ValueError:
+    return ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
+@dataclass(frozen=True)
+class EvictionConfig:
+    """Which tokens one layer keeps.
+
+    Args:
+        policy: name of the score (or a `Policy`); the highest scores stay.
+        policy_options: the policy's own settings.
+        budget: tokens kept by a key-value head on average, sinks and recent window included (whole number), or their
+            part of the tokens seen (0 to 1); None keeps all.
+        budget_bytes: bytes that the layer may hold in all; the tokens follow from it once the batch is known.
+        max_tokens: nothing is evicted from a row before it has seen more.
+        recent: part of the budget that belongs to the newest tokens, whatever their score.
+        head_budget: "uniform", or "adaptive": the heads of a layer compete for one budget (Ada-KV, arXiv 2407.11550).
+        head_floor: part of its even share that every head keeps under "adaptive".
+        chunk_size: tokens in a row that are scored together, by their mean (ChunkKV, arXiv 2502.00299).
+        merge: fold an evicted value into the surviving token whose key is most similar (CaM, D2O).
+        pin: ranges of tokens `(start, end)`, counted from a row's first, that always stay.
+        pin_prompt: the first pass (True) or its first tokens (a number) always stay.
+        boundary: part of the tokens seen, at the beginning and at the end, that stays whatever its score.
+        demote_to: instead of being deleted, tokens move to this codec, or to host memory ("cpu"), and may come back.
+        demote_budget: tokens a head holds there at most; None is no limit.
+        fetch_pages: pages of the host tier that a pass reads, those with the highest bound on their scores.
+    """
+
+    policy: str | Policy = "h2o"
+    policy_options: Mapping[str, Any] = field(default_factory=dict)
+    budget: int | float | None = None
+    budget_bytes: int | None = None
+    max_tokens: int = 0
+    recent: float = 0.25
+    head_budget: str = "uniform"
+    head_floor: float = 0.2
+    chunk_size: int = 1
+    merge: bool = False
+    pin: tuple[tuple[int, int], ...] = ()
+    pin_prompt: bool | int = False
+    boundary: float = 0.0
+    demote_to: str | None = None
+    demote_budget: int | None = None
+    fetch_pages: int = 4
+
+    def __post_init__(self) -> None:
+        policy = self.make_policy()
+        object.__setattr__(self, "pin", tuple((int(start), int(end)) for start, end in self.pin))
+        if isinstance(self.budget, bool) or not isinstance(self.budget, int | float | None):
+            raise _refuse("budget", "tokens (a whole number), a ratio between 0 and 1, or None", self.budget)
+        if self.budget is not None and self.budget <= 0 or isinstance(self.budget, float) and self.budget > 1:
+            raise _refuse("budget", "tokens (a whole number above 0) or a ratio above 0 and up to 1", self.budget)
+        for name in ("recent", "head_floor"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise _refuse(name, "a number from 0 to 1", getattr(self, name))
+        if not 0 <= self.boundary < 0.5:
+            raise _refuse("boundary", "a number from 0 to below 0.5", self.boundary)
+        if self.head_budget not in ("uniform", "adaptive"):
+            raise _refuse("head_budget", "'uniform' or 'adaptive'", self.head_budget)
+        if self.head_budget == "adaptive" and policy.shared:
+            raise _refuse("head_budget", f"'uniform' for policy {policy.name!r}, whose heads agree", self.head_budget)
+        for name, least in (("max_tokens", 0), ("chunk_size", 1), ("fetch_pages", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise _refuse(name, f"a whole number of at least {least}", value)
+        for start, end in self.pin:
+            if not 0 <= start < end:
+                raise _refuse("pin", "ranges (start, end) with 0 <= start < end", (start, end))
+        if self.demote_budget is not None and self.demote_budget < 1:
+            raise _refuse("demote_budget", "a whole number of at least 1, or None", self.demote_budget)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; a policy of your own stands there by its name."""
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        own["policy"] = self.policy if isinstance(self.policy, str) else self.policy.name
+        return {**own, "policy_options": dict(self.policy_options), "pin": [list(pair) for pair in self.pin]}
+
+    def make_policy(self) -> Policy:
+        return make_policy(self.policy, self.policy_options)
+
+    @property
+    def uniform_heads(self) -> bool:
+        """All heads of a row hold equally many tokens."""
+        return self.head_budget == "uniform"
