@@ -41,12 +41,15 @@ def kvcompress_attention(
     factor = scaling if scaling is not None else query.shape[-1] ** -0.5
     if getattr(module, "is_causal", True):  # in cross attention nothing says which queries are padding
         layer.observe_queries(query, factor)
+    elif layer.chunk is not None:
+        layer.keep_all()
     chunk = layer.chunk
     if chunk is not None and chunk.start == 0:
         out = _dense_attention(module, query, chunk.keys, chunk.values, attention_mask, scaling, extras, kwargs)
         if layer.wants_mass:
             mask = _mask(module, attention_mask, query, layer, kwargs)
-            layer.observe_mass("new", prompt_mass(query, chunk.keys, mask, factor, extras, chunk.kept))
+            mass = prompt_mass(query, chunk.keys, mask, factor, extras, chunk.kept, layer.may_be_cropped)
+            layer.observe_mass("new", mass)
     else:
         mask = _mask(module, attention_mask, query, layer, kwargs)
         out = packed_attention(layer, query, mask, factor, extras).to(query.dtype).transpose(1, 2).contiguous()

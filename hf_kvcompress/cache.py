@@ -17,10 +17,12 @@ from transformers.cache_utils import (
 )
 
 from .config import CacheConfig, LayerConfig, expect
-from .layer import CompressedHybridLayer, CompressedLayer
+from .hybrid_layer import CompressedHybridLayer
+from .layer import CompressedLayer
 from .masks import MaskPlan
 from .measure import tensor_bytes
 from .monitor import Monitor, ReconstructionError
+from .planner import ByteShares
 from .policies.layer_budgets import layer_weights
 from .stats import CacheStats, LayerStats
 
@@ -93,6 +95,8 @@ class CompressedCache(DynamicCache):
         self._budgets = self._share_budget(config)
         self.layers = [self._compressed(index, layer) for index, layer in enumerate(self.layers)]
         self._mark_layers_that_differ()
+        if self.settings.budget_bytes is not None:
+            self._hand_out_shares(config)
         if config is not None:
             self.layer_class_to_replicate = None
             if not any(isinstance(layer, CacheLayerMixin) for layer in self.layers):
@@ -107,6 +111,16 @@ class CompressedCache(DynamicCache):
             return {}
         weights = layer_weights(self.settings.layer_budget, len(evicting))
         return {i: self.settings.for_layer(i).with_share(weight) for i, weight in zip(evicting, weights, strict=True)}
+
+    def _hand_out_shares(self, config: PreTrainedConfig | None) -> None:
+        """Tell every layer how to find its share of a budget in bytes, once the batch is known."""
+        if config is None:
+            raise expect("config", "the model's config, for a budget in bytes", None)
+
+        shares = ByteShares(config, self.settings)
+        shares(1, getattr(config, "dtype", None) or torch.float32)  # a budget that never holds is refused at once
+        for layer in self.packed_layers():
+            layer.share, layer.query_heads = shares, shares.query_heads
 
     def _evicts(self, index: int, layer: Any) -> bool:
         settings = self.settings.for_layer(index)
@@ -158,6 +172,12 @@ class CompressedCache(DynamicCache):
         """Keep what `crop` may take back, until it is called."""
         self._recording_past = True
         super().activate_past_recording()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest `-tokens_to_remove` positions, in all layers or, with a RuntimeError, in none."""
+        for layer in self.packed_layers():
+            layer.check_crop(int(tokens_to_remove))
+        super().crop(tokens_to_remove)
 
     @torch.compiler.disable  # the pages change shape and place: a compiled model breaks its graph here
     def update(

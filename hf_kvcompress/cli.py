@@ -13,6 +13,7 @@ def build() -> Any:
     from .commands.demo import demo
     from .commands.doctor import doctor
     from .commands.plan import plan
+    from .commands.train_policy import train_policy
     from .commands.tune import tune
 
     app = typer.Typer(help="Compressed key-value caches for transformers.", no_args_is_help=True, add_completion=False)
@@ -20,6 +21,7 @@ def build() -> Any:
     app.command()(doctor)
     app.command()(plan)
     app.command()(tune)
+    app.command("train-policy")(train_policy)
     return app
 
 

@@ -3,39 +3,116 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
+from .blocks import Block
 from .codecs.base import Packed
-from .lanes import INSIDE, LINE, LINE_COST, Block, LanePages
+from .lanes import INSIDE, LINE, LINE_COST, LanePages
 
 AT_ONCE = 1 << 23  # numbers that are unpacked at once
 
 
-def compact(pages: LanePages, rows: Sequence[int], table: torch.Tensor, keep: torch.Tensor) -> None:
+@dataclass(frozen=True)
+class Rewrite:
+    """New values `[n, D]` float32 of the tokens that are kept and marked, in the order of the table."""
+
+    marked: torch.Tensor  # [L, N] booleans
+    values: torch.Tensor
+
+
+def compact(
+    pages: LanePages,
+    rows: Sequence[int],
+    table: torch.Tensor,
+    keep: torch.Tensor,
+    rewrite: Rewrite | None = None,
+) -> None:
     """Keep of the rows' tokens in `table` `[len(rows) * H, N]` only those where `keep` is true.
 
     Codecs that pack every token by itself give the very same codes; tokens of the others are read back and packed anew,
     all that stay in one go.
     """
-    kept = table[keep]
-    lanes = torch.tensor([row * pages.heads + head for row in rows for head in range(pages.heads)])
-    lane = lanes[:, None].expand_as(table)[keep]
-    epochs = torch.tensor([block.epochs[line] for block, line in pages.lines()])[kept >> LINE]
+    found = _lay_out(pages, rows, table, keep)
     blocks = []
-    if len(kept):
-        lines, capacity = _lay_out(lane, epochs, pages.page_size)
-        source = torch.full((len(lines), capacity), -1, dtype=torch.long)
-        first = 0
-        for number, (_, _, count) in enumerate(lines):
-            source[number, :count] = kept[first : first + count]
-            first += count
-        blocks.append(_gather(pages, lines, source))
+    if found is not None:
+        lines, source, order = found
+        block = _gather(pages, lines, source)
+        if rewrite is not None:
+            _rewrite_values(pages, block, (source >= 0).nonzero()[rewrite.marked[keep][order]], rewrite, order, keep)
+        blocks.append(block)
     _remove(pages, rows)
     pages.blocks += blocks
 
 
-def _lay_out(lane: torch.Tensor, epoch: torch.Tensor, page: int) -> tuple[list[tuple[int, int, int]], int]:
+def gather_block(pages: LanePages, rows: Sequence[int], table: torch.Tensor) -> Block | None:
+    """A block of its own with the tokens in `table` `[len(rows) * H, N]`, which stay where they are as well."""
+    found = _lay_out(pages, rows, table, table >= 0)
+    return None if found is None else _gather(pages, found[0], found[1])
+
+
+Line = tuple[int, int, int]  # lane, epoch, tokens
+
+
+def _lay_out(
+    pages: LanePages, rows: Sequence[int], table: torch.Tensor, keep: torch.Tensor
+) -> tuple[list[Line], torch.Tensor, torch.Tensor] | None:
+    """Lines for the tokens to keep, their numbers `[lines, capacity]` (-1 for none), and the order they are taken in."""
+    kept = table[keep]
+    if len(kept) == 0:
+        return None
+    lanes = torch.tensor([row * pages.heads + head for row in rows for head in range(pages.heads)])
+    lane = lanes[:, None].expand_as(table)[keep]
+    epochs = torch.tensor([block.epochs[line] for block, line in pages.lines()])[kept >> LINE]
+    order = (lane * (int(epochs.max()) + 1) + epochs).argsort(stable=True)  # a line has one statistic
+    lines, capacity = _cut(lane[order], epochs[order], pages.page_size)
+    source = torch.full((len(lines), capacity), -1, dtype=torch.long)
+    first = 0
+    for number, (_, _, count) in enumerate(lines):
+        source[number, :count] = kept[order[first : first + count]]
+        first += count
+    return lines, source, order
+
+
+def _rewrite_values(
+    pages: LanePages,
+    block: Block,
+    places: torch.Tensor,
+    rewrite: Rewrite,
+    order: torch.Tensor,
+    keep: torch.Tensor,
+) -> None:
+    """Pack the new values of the tokens at `places` `[n, 2]` (line, place in it) anew; the others stay as they are."""
+    if len(places) == 0:
+        return
+    codec, device = pages.codecs["value"], pages.device
+    rank = torch.full(keep.shape, -1)
+    rank[rewrite.marked] = torch.arange(len(rewrite.values))
+    numbers = rank[keep][order]
+    values = rewrite.values[numbers[numbers >= 0].to(device)]
+    lines, line = places[:, 0].unique(return_inverse=True)
+    within = torch.arange(len(places)) - torch.searchsorted(line, line)
+    page = pages.page_size
+    length = -(-int(within.max() + 1) // page) * page
+    dense = torch.zeros(len(lines), length, codec.dim, device=device)
+    dense[line.to(device), within.to(device)] = values
+    epochs = torch.tensor([block.epochs[i] for i in lines.tolist()], device=device)
+    segment = pages.statistics.of("value", epochs)
+    if codec.token_wise:
+        n, capacity = len(block.lanes), block.capacity
+        index = torch.arange(n * capacity).view(n, capacity)
+        index[places[:, 0], places[:, 1]] = n * capacity + line * length + within
+        parts = [block.packed["value"], codec.encode(dense, segment)]
+        block.packed["value"] = codec.gather(parts, index.to(device))
+        return
+    whole = {name: t[:, None, None] for name, t in block.packed["value"].items()}
+    read = codec.decode(whole)[:, 0, 0]
+    read[places[:, 0].to(device), places[:, 1].to(device)] = values
+    block.packed["value"] = codec.encode(read, {})
+
+
+def _cut(lane: torch.Tensor, epoch: torch.Tensor, page: int) -> tuple[list[Line], int]:
     """Lines `(lane, epoch, tokens)` for tokens sorted by lane and epoch, and the capacity that wastes least."""
     pairs, counts = torch.stack([lane, epoch], dim=1).unique_consecutive(dim=0, return_counts=True)
     longest = -(-int(counts.max()) // page) * page
@@ -48,7 +125,7 @@ def _lay_out(lane: torch.Tensor, epoch: torch.Tensor, page: int) -> tuple[list[t
     return lines, capacity
 
 
-def _gather(pages: LanePages, lines: list[tuple[int, int, int]], source: torch.Tensor) -> Block:
+def _gather(pages: LanePages, lines: list[Line], source: torch.Tensor) -> Block:
     block = pages.new_block([lane for lane, _, _ in lines], [epoch for _, epoch, _ in lines], source.shape[1])
     block.counts = [count for _, _, count in lines]
     block.positions.copy_(pages.look_up("positions", source, -1))
@@ -89,7 +166,7 @@ def _pack_again(pages: LanePages, role: str, source: torch.Tensor, block: Block,
     last = dense[torch.arange(len(source), device=dense.device), counts - 1]
     dense = torch.where((source < 0).to(dense.device)[..., None], last[:, None], dense)
     epochs = torch.tensor(block.epochs[start : start + len(source)], device=dense.device)
-    segment = {name: t[epochs] for name, t in pages.statistics[role].items()}
+    segment = pages.statistics.of(role, epochs)
     return pages.codecs[role].encode(dense, segment)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -11,9 +12,12 @@ import torch
 from .compaction import compact
 from .config import LayerConfig
 from .lanes import LanePages
+from .merging import merged_values
 from .observers import QueryWindow
 from .pages import PageStore
 from .policies.base import Candidates
+from .selection import highest
+from .tiers import Tail
 from .window import ExactWindow
 
 # What decides before any score, in steps far above one; among tokens of one level the newer one stays.
@@ -26,6 +30,7 @@ class Holder(Protocol):
     """What a layer's storage tells of the tokens it holds."""
 
     pages: PageStore | LanePages
+    tail: Tail | None
     window: ExactWindow
 
     @property
@@ -64,6 +69,17 @@ class Evictor:
     @property
     def wants_mass(self) -> bool:
         return self.policy.capture == "mass"
+
+    def needs_our_attention(self, batch: int, layers_differ: bool) -> str | None:
+        """Why a plain attention would be wrong, or None: it shows no queries, and one mask must do for all it reads."""
+        if self.policy.needs_queries:
+            return f"policy {self.policy.name!r} scores tokens with queries, which only the attention can hand over"
+        if batch > 1:
+            return "a policy evicts each row's own tokens and cannot see a batch's padding"
+        sliding = self.sliding_window is not None
+        if not self.settings.uniform_heads or sliding or self.settings.demote_to or layers_differ:
+            return "heads or layers hold different tokens"
+        return None
 
     # -- budget --------------------------------------------------------------------------------------------------------
 
@@ -113,35 +129,61 @@ class Evictor:
         return max(limit - max(limit // 8, pages.page_size), 0)
 
     def _round(self, storage: Holder, pages: LanePages, rows: list[int], target: int) -> None:
-        table = pages.table(rows)
-        positions = pages.look_up("positions", table, -1).long()
-        scores = self._scores(storage, pages, rows, table, positions)
-        order = self._order(storage, rows, scores, positions, target)
-        keep = self._highest(order, len(rows), target) & (positions >= 0)
-        compact(pages, rows, table, keep.cpu())
-        self.evicted = True
+        own = pages.table(rows)
+        back = storage.tail.candidates(rows) if storage.tail is not None else own[:, :0]
+        tables = _Tables(pages, storage.tail, own, back)
+        first = self._by_lane([storage.first_position(row) for row in rows], tables.positions.device)
 
-    def _scores(
-        self,
-        storage: Holder,
-        pages: LanePages,
-        rows: list[int],
-        table: torch.Tensor,
-        positions: torch.Tensor,
-    ) -> torch.Tensor:
+        def context() -> tuple[torch.Tensor, torch.Tensor]:
+            keys, at = storage.exact_keys(rows)
+            return keys, _counted_from(first, at)
+
+        observers = self.window.of(rows) if self.window is not None else None
+        if observers is not None:
+            observers = replace(observers, positions=_counted_from(first, observers.positions))
         candidates = Candidates(
-            positions,
+            _counted_from(first, tables.positions),
             self.heads,
-            keys=lambda: pages.decode("key", table),
-            values=lambda: pages.decode("value", table),
-            context=lambda: storage.exact_keys(rows),
-            mass=pages.look_up("mass", table, 0.0) if self.wants_mass else None,
-            observers=self.window.of(rows) if self.window is not None else None,
+            keys=lambda: tables.decode("key"),
+            values=lambda: tables.decode("value"),
+            context=context,
+            mass=tables.masses() if self.wants_mass else None,
+            observers=observers,
             layer=self.index,
         )
+        order = self._order(storage, rows, self._scores(candidates), tables.positions, target)
+        keep = self._highest(tables.without_rash_returns(order), len(rows), target) & candidates.present
+        rewrite = merged_values(candidates, keep) if self.settings.merge else None
+        if storage.tail is None:
+            compact(pages, rows, own, keep.cpu(), rewrite)
+        else:
+            self._move(pages, storage.tail, rows, tables, order, keep)
+        self.evicted = True
+
+    def _move(
+        self, pages: LanePages, tail: Tail, rows: list[int], tables: _Tables, order: torch.Tensor, keep: torch.Tensor
+    ) -> None:
+        """What loses its place in the first tier goes to the tail, what wins one comes back, the rest is dropped."""
+        stays = ~keep & (order > GONE * _LEVEL / 2) & (tables.positions >= 0)
+        most = self.settings.demote_budget
+        if most is not None and not tail.host:
+            ranked = order.masked_fill(~stays, -math.inf)
+            stays &= highest(ranked, most)
+        keep, stays = keep.cpu(), stays.cpu()
+        tail.demote(pages, rows, tables.own.masked_fill(~stays, -1))
+        back = tables.back.masked_fill(~keep, -1)
+        tail.promote(pages, rows, back)
+        old = torch.where(keep & (tables.own >= 0), tables.own, -1)
+        compact(pages, rows, *_with_arrivals(pages.table(rows), tables.own, old))
+        pages.holes = False
+        tail.settle(rows, *_with_arrivals(tail.pages.table(rows), tables.back, tables.back.masked_fill(~stays, -1)))
+        if tail.host and most is not None:
+            tail.hold_to(rows, most)
+
+    def _scores(self, candidates: Candidates) -> torch.Tensor:
         scores = torch.nan_to_num(self.policy.score(candidates).double()).clamp(-_LARGEST, _LARGEST)
         if self.settings.chunk_size > 1:
-            scores = _mean_of_chunks(scores, positions, self.settings.chunk_size)
+            scores = _mean_of_chunks(scores, candidates.positions, self.settings.chunk_size)
         return scores
 
     def _order(
@@ -155,12 +197,9 @@ class Evictor:
         """Scores `[L, N]` with what is protected above all others, pins highest, and what must go below."""
         settings, device = self.settings, positions.device
 
-        def by_lane(numbers: list[int]) -> torch.Tensor:
-            return torch.tensor(numbers, device=device).repeat_interleave(self.heads)[:, None]
-
-        first = by_lane([storage.first_position(row) for row in rows])
-        seen = by_lane([storage.seen_by(row) for row in rows])
-        near = by_lane([self._recent(storage, row) for row in rows])
+        first = self._by_lane([storage.first_position(row) for row in rows], device)
+        seen = self._by_lane([storage.seen_by(row) for row in rows], device)
+        near = self._by_lane([self._recent(storage, row) for row in rows], device)
         present = positions >= 0
         level = torch.zeros_like(scores)
         from_end = present.sum(1, keepdim=True) - torch.arange(positions.shape[1], device=device)
@@ -172,7 +211,7 @@ class Evictor:
         for start, end in settings.pin:
             level[(at >= start) & (at < end)] = PINNED
         if settings.pin_prompt:
-            prompts = by_lane([self.prompts[row] for row in rows])
+            prompts = self._by_lane([self.prompts[row] for row in rows], device)
             level[at < (prompts if settings.pin_prompt is True else prompts.clamp(max=int(settings.pin_prompt)))] = (
                 PINNED
             )
@@ -183,6 +222,10 @@ class Evictor:
         protected = level * _LEVEL + positions
         return torch.where(level == 0, scores, protected).masked_fill_(~present, -math.inf)
 
+    def _by_lane(self, numbers: list[int], device: torch.device) -> torch.Tensor:
+        """A number a row -> `[L, 1]`."""
+        return torch.tensor(numbers, device=device).repeat_interleave(self.heads)[:, None]
+
     def _recent(self, storage: Holder, row: int) -> int:
         """Sealed tokens of a row that are protected as recent ones."""
         tokens = self.tokens(storage.seen_by(row)) or 0
@@ -190,18 +233,21 @@ class Evictor:
 
     def _protect_floor(self, scores: torch.Tensor, level: torch.Tensor, present: torch.Tensor, target: int) -> None:
         """Every head keeps at least a part of its even share (Ada-KV)."""
-        number = min(int(self.settings.head_floor * target), scores.shape[1])
-        if number:
-            best = torch.where(level > 0, math.inf, scores).masked_fill(~present, -math.inf).topk(number, dim=1).indices
-            floor = torch.zeros_like(level).scatter_(1, best, FLOOR)
-            level.copy_(torch.maximum(level, floor * (level == 0)))
+        ranked = torch.where(level > 0, math.inf, scores).masked_fill(~present, -math.inf)
+        best = highest(ranked, int(self.settings.head_floor * target))
+        level.masked_fill_(best & (level == 0), FLOOR)
 
     def _highest(self, order: torch.Tensor, rows: int, target: int) -> torch.Tensor:
         """Booleans `[L, N]`: the `target` highest of each lane, or of a row's lanes together under "adaptive"."""
         pool = order if self.settings.uniform_heads else order.view(rows, -1)
-        number = min(target if self.settings.uniform_heads else target * self.heads, pool.shape[1])
-        keep = torch.zeros_like(pool, dtype=torch.bool)
-        return keep.scatter_(1, pool.topk(number, dim=1).indices, True).view_as(order)
+        return highest(pool, target if self.settings.uniform_heads else target * self.heads).view_as(order)
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Every tensor held."""
+        if self.window is not None:
+            yield self.window.positions
+            if self.window.queries is not None:
+                yield self.window.queries
 
     def note_prompts(self, new: Sequence[int]) -> None:
         """Note how many tokens each row's first pass has."""
@@ -214,6 +260,11 @@ class Evictor:
             self.window.map_rows(rows)
 
 
+def _counted_from(first: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Positions counted from each row's first token: a row behind padding is scored as it is alone. -1 stays."""
+    return torch.where(positions < 0, positions, positions - first)
+
+
 def _mean_of_chunks(scores: torch.Tensor, positions: torch.Tensor, size: int) -> torch.Tensor:
     """Scores averaged over the candidates of each run of `size` positions."""
     chunks = positions.clamp(min=0) // size
@@ -222,3 +273,49 @@ def _mean_of_chunks(scores: torch.Tensor, positions: torch.Tensor, size: int) ->
     sums = scores.new_zeros(shape).scatter_add_(1, chunks, scores * present)
     counts = scores.new_zeros(shape).scatter_add_(1, chunks, present)
     return (sums / counts.clamp(min=1)).gather(1, chunks)
+
+
+def _with_arrivals(now: torch.Tensor, before: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A store's table now, and which tokens in it stay: those in `kept`, and those that were not there `before`."""
+    gone = before[(before >= 0) & (kept < 0)]
+    return now, (now >= 0) & ~torch.isin(now, gone)
+
+
+class _Tables:
+    """The candidates of both tiers in the order of positions: columns of `own` are of the first, of `back` of the tail.
+
+    Both are `[L, N]` on the host, -1 where the other tier has the token.
+    """
+
+    def __init__(self, pages: LanePages, tail: Tail | None, own: torch.Tensor, back: torch.Tensor):
+        self.pages, self.tail = pages, tail
+        at = pages.look_up("positions", own, -1).long()
+        self.own, self.back, self.positions = own, back, at
+        if tail is None:
+            return
+        at = torch.cat([at, tail.pages.look_up("positions", back, -1).long().to(at.device)], dim=1)
+        far = torch.iinfo(torch.long).max
+        order = torch.where(at < 0, far, at).argsort(dim=1)
+        nothing = torch.full_like(back, -1), torch.full_like(own, -1)
+        self.own = torch.cat([own, nothing[0]], dim=1).gather(1, order.cpu())
+        self.back = torch.cat([nothing[1], back], dim=1).gather(1, order.cpu())
+        self.positions = at.gather(1, order)
+
+    def decode(self, role: str) -> torch.Tensor:
+        first = self.pages.decode(role, self.own)
+        return first if self.tail is None else first + self.tail.pages.decode(role, self.back).to(first.device)
+
+    def masses(self) -> torch.Tensor:
+        first = self.pages.look_up("mass", self.own, 0.0)
+        if self.tail is None:
+            return first
+        return first + self.tail.pages.look_up("mass", self.back, 0.0).to(first.device)
+
+    def without_rash_returns(self, order: torch.Tensor) -> torch.Tensor:
+        """Let no more than a page of each lane's best tokens come back at a time: each move packs a token anew."""
+        if self.tail is None or self.back.shape[1] == 0:
+            return order
+        away = (self.back >= 0).to(order.device)
+        best = order.masked_fill(~away, -math.inf).topk(min(self.pages.page_size, order.shape[1]), dim=1).indices
+        allowed = torch.zeros_like(away).scatter_(1, best, True)
+        return order.masked_fill(away & ~allowed, -math.inf)

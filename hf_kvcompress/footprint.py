@@ -15,12 +15,12 @@ import torch
 from .codecs.base import Role
 from .codecs.registry import make_codec, parse
 from .config import LayerConfig
+from .lane_statistics import ENOUGH, GROWTH
 from .measure import tensor_bytes
 from .pages import SEGMENT_LENGTH, SEGMENT_STARTS, SLAB_LENGTH
 from .policies.settings import HOST
 
 SLIDING_SEGMENT = 128  # sliding layers give back what has left their window in segments of so many tokens
-EPOCH_GROWTH, EPOCH_ENOUGH = 4, 2048  # layers with a policy make statistics anew at so many times the tokens, up to ...
 LANE_SLACK = 0.06  # of the tokens of a layer with a policy: room for the pages that are being filled
 POSITION_BYTES = MASS_BYTES = 4
 
@@ -160,8 +160,8 @@ def _room_sliding(sealed: int, page: int, visible: int) -> tuple[int, int]:
 
 def _epochs(page: int) -> int:
     epochs, known = 1, page
-    while known < EPOCH_ENOUGH:
-        epochs, known = epochs + 1, known * EPOCH_GROWTH
+    while known < ENOUGH:
+        epochs, known = epochs + 1, known * GROWTH
     return epochs
 
 

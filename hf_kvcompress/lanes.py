@@ -2,65 +2,23 @@
 
 Tokens stand in lines of a block; a lane has as many lines as its tokens need, so heads with smaller budgets take less
 memory. Lines come in the order of their tokens' positions. Every token carries its position and, where a policy wants
-it, the attention mass it has received. Statistics are kept by lane and epoch, apart from the lines: an epoch begins when
-four times as many tokens have been sealed as its predecessor's statistics knew, so there are at most four, and tokens of
-one epoch can be gathered together without touching their codes.
+it, the attention mass it has received.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 
+from .blocks import Block
 from .codecs.base import Codec, Packed
+from .lane_statistics import LaneStatistics
 
-ENOUGH = 2048  # tokens after which statistics are no longer made anew
-GROWTH = 4
 ROOM = 512  # tokens of a new open block, where the budget leaves room for them
 LINE_COST = 8  # what a further line costs, in tokens
 LINE = 20  # a token's number: that of its line, and in the lowest bits its place there
 INSIDE = (1 << LINE) - 1
-
-
-@dataclass
-class Block:
-    """Lines of `capacity` tokens: `lanes`, `epochs` (rows of the statistics) and `counts` have one entry a line.
-
-    The packed tensors are `[n, ...]` with the fields of tokens only; positions `[n, capacity]` int32, -1 where empty;
-    mass `[n, capacity]` float32.
-    """
-
-    lanes: list[int]
-    epochs: list[int]
-    counts: list[int]
-    capacity: int
-    packed: dict[str, Packed]
-    positions: torch.Tensor
-    mass: torch.Tensor | None
-    _index: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
-
-    def index(self, name: str) -> torch.Tensor:
-        """`lanes` or `epochs` as a tensor where the tokens are."""
-        if name not in self._index:
-            self._index[name] = torch.tensor(getattr(self, name), device=self.positions.device)
-        return self._index[name]
-
-    def tensors(self) -> Iterator[torch.Tensor]:
-        for packed in self.packed.values():
-            yield from packed.values()
-        yield self.positions
-        if self.mass is not None:
-            yield self.mass
-
-    def select(self, lines: Sequence[int], lanes: list[int]) -> Block:
-        """Some of the lines, as lines of other lanes."""
-        index = torch.tensor(lines, dtype=torch.long, device=self.positions.device)
-        packed = {role: {k: t.index_select(0, index) for k, t in p.items()} for role, p in self.packed.items()}
-        mass = None if self.mass is None else self.mass.index_select(0, index)
-        epochs, counts = ([x[line] for line in lines] for x in (self.epochs, self.counts))
-        return Block(lanes, epochs, counts, self.capacity, packed, self.positions.index_select(0, index), mass)
 
 
 class LanePages:
@@ -80,12 +38,10 @@ class LanePages:
         self.heads, self.device, self.track_mass = heads, device, track_mass
         self.page_size = key_codec.page_size
         self.blocks: list[Block] = []
-        self.statistics: dict[str, Packed] = {"key": {}, "value": {}}  # each `[epochs of all lanes, ...]`
-        self.histories: dict[str, Packed] = {"key": {}, "value": {}}  # each `[B, H, 1, ...]`
+        self.statistics = LaneStatistics(self.codecs, batch, heads, device)
         self.counts = [0] * batch  # tokens that each row has sealed, evicted ones included
-        self.known = [0] * batch  # tokens that the statistics of a row's epoch were made of
-        self.epoch = [0] * batch  # row of the statistics that the row's first head is at; its other heads follow
         self.open: list[tuple[Block, int] | None] = [None] * batch  # block being filled, and the row's first line in it
+        self.holes = False  # some lines have empty places between their tokens
 
     @property
     def batch(self) -> int:
@@ -119,66 +75,77 @@ class LanePages:
         The rows must have sealed equally many tokens. `mass` `[R, H, tokens]` is what they have received so far, `room`
         the tokens that a lane may yet hold: no more is allocated ahead.
         """
-        before, index = self.counts[rows[0]], torch.tensor(rows, device=self.device)
-        lines = len(rows) * self.heads
+        before = self.counts[rows[0]]
         pair = {"key": keys, "value": values}
-        if before == 0 or self.known[rows[0]] < ENOUGH and before + tokens >= GROWTH * self.known[rows[0]]:
-            self._begin_epoch(rows, index, before, tokens, pair, query_ms)
-        epochs = torch.tensor(self._epochs(rows), device=self.device)
-        encoded: dict[str, Packed] = {}
-        for role, x in pair.items():
-            codec = self.codecs[role]
-            self._learn(role, index, before, x[:, :, None, :tokens])
-            shape = (len(rows), self.heads, 1)
-            segment = {name: t[epochs].unflatten(0, shape) for name, t in self.statistics[role].items()}
-            queries = query_moment if role == "key" else None
-            packed = codec.encode(x[:, :, None, :tokens], segment, queries)
-            encoded[role] = {name: t.flatten(0, 2) for name, t in packed.items()}
+        self._renew(rows, before, tokens, pair, query_ms)
+        self.statistics.learn(rows, before, {role: x[:, :, None, :tokens] for role, x in pair.items()})
+        encoded = self._encode(rows, {role: x[:, :, :tokens] for role, x in pair.items()}, query_moment)
         positions = positions.to(self.device, torch.int32).repeat_interleave(self.heads, 0)
-        flat_mass = None if mass is None else mass.reshape(lines, -1)
+        flat_mass = None if mass is None else mass.flatten(0, 1)
         done = 0
         while done < tokens:
             done += self._write(rows, encoded, positions, flat_mass, done, tokens, room - done)
         for row in rows:
             self.counts[row] = before + tokens
 
-    def _epochs(self, rows: Sequence[int]) -> list[int]:
-        return [self.epoch[row] + head for row in rows for head in range(self.heads)]
+    def admit(
+        self,
+        row: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        positions: torch.Tensor,
+        mass: torch.Tensor | None,
+        renew: bool,
+    ) -> None:
+        """Pack a row's tokens `[1, H, T, D]` from another tier, at `positions` `[H, T]`, -1 where a head has none.
 
-    def _begin_epoch(
+        With `renew` they count as sealed here and statistics may be made of them.
+        """
+        pair = {"key": keys, "value": values}
+        if renew:
+            self._renew([row], self.counts[row], keys.shape[2], pair, None)
+            self.counts[row] += keys.shape[2]
+        encoded = self._encode([row], pair, None)
+        lanes = [row * self.heads + head for head in range(self.heads)]
+        block = self.new_block(lanes, self.statistics.rows_of([row]), keys.shape[2])
+        block.counts = [keys.shape[2]] * self.heads
+        block.packed = encoded
+        block.positions.copy_(positions)
+        if block.mass is not None and mass is not None:
+            block.mass.copy_(mass)
+        self.holes |= bool((positions < 0).any())
+        self.blocks.append(block)
+
+    def _encode(
+        self, rows: Sequence[int], pair: dict[str, torch.Tensor], moment: torch.Tensor | None
+    ) -> dict[str, Packed]:
+        """Pack keys and values `[R, H, T, D]` with the rows' statistics; the fields come as `[R * H, ...]`."""
+        epochs = torch.tensor(self.statistics.rows_of(rows), device=self.device)
+        encoded: dict[str, Packed] = {}
+        for role, x in pair.items():
+            segment = {k: t.unflatten(0, (*x.shape[:2], 1)) for k, t in self.statistics.of(role, epochs).items()}
+            packed = self.codecs[role].encode(x.unsqueeze(2), segment, moment if role == "key" else None)
+            encoded[role] = {name: t.flatten(0, 2) for name, t in packed.items()}
+        return encoded
+
+    def _renew(
         self,
         rows: Sequence[int],
-        index: torch.Tensor,
         before: int,
         tokens: int,
         pair: dict[str, torch.Tensor],
         query_ms: torch.Tensor | None,
     ) -> None:
-        """Make statistics of the rows' lanes from the tokens at hand and the history."""
-        first = 0
-        for role, x in pair.items():
-            history = self._history(role, index, before)
-            ms = query_ms[:, :, None] if query_ms is not None and role == "key" else None
-            made = self.codecs[role].begin_segment(x.unsqueeze(2), ms, history)
-            table = self.statistics[role]
-            for name, statistic in made.items():
-                flat = statistic.flatten(0, 2)
-                first = len(table[name]) if name in table else 0
-                table[name] = torch.cat([table[name], flat]) if name in table else flat
-        for number, row in enumerate(rows):
-            self.epoch[row] = first + number * self.heads
-            self.known[row] = before + tokens
+        """Make new statistics where it is time to; blocks that the rows were filling get no more tokens then."""
+        if not self.statistics.renew(rows, before, tokens, pair, query_ms):
+            return
+        left = {id(at[0]): at[0] for at in (self.open[row] for row in rows) if at is not None}
+        for row in rows:
             self.open[row] = None  # lines have one statistic each
-
-    def _history(self, role: str, index: torch.Tensor, sealed: int) -> Packed:
-        return {name: t[index] for name, t in self.histories[role].items()} if sealed else {}
-
-    def _learn(self, role: str, index: torch.Tensor, sealed: int, x: torch.Tensor) -> None:
-        kept = self.histories[role]
-        for name, learned in self.codecs[role].learn(self._history(role, index, sealed), x).items():
-            if name not in kept:
-                kept[name] = learned.new_zeros(self.batch, *learned.shape[1:])
-            kept[name][index] = learned
+        still = {id(at[0]) for at in self.open if at is not None}
+        for block in left.values():
+            if id(block) not in still:
+                block.trim(self.codecs, self.page_size)
 
     def _write(
         self,
@@ -227,7 +194,7 @@ class LanePages:
     def _add_block(self, rows: Sequence[int], capacity: int) -> tuple[Block, int]:
         """A new open block with a line for every lane of these rows."""
         lanes = [row * self.heads + head for row in rows for head in range(self.heads)]
-        block = self.new_block(lanes, self._epochs(rows), capacity)
+        block = self.new_block(lanes, self.statistics.rows_of(rows), capacity)
         for number, row in enumerate(rows):
             self.open[row] = (block, number * self.heads)
         self.blocks.append(block)
@@ -251,24 +218,30 @@ class LanePages:
 
     def packed(self, block: Block, role: str) -> Packed:
         """A block's fields with its lines' statistics, `[n, 1, 1, ...]`, as codecs read them."""
-        epochs = block.index("epochs")
-        statistics = {name: t[epochs] for name, t in self.statistics[role].items()}
+        statistics = self.statistics.of(role, block.index("epochs"))
         return {name: t[:, None, None] for name, t in {**block.packed[role], **statistics}.items()}
 
     def table(self, rows: Sequence[int]) -> torch.Tensor:
         """Numbers of the rows' tokens, `[len(rows) * H, N]` on the host in the order of positions, -1 where none."""
         lanes = [row * self.heads + head for row in rows for head in range(self.heads)]
+        place = {lane: i for i, lane in enumerate(lanes)}
         held = self.held
         table = torch.full((len(lanes), max((held[lane] for lane in lanes), default=0)), -1, dtype=torch.long)
-        place = {lane: i for i, lane in enumerate(lanes)}
-        filled = [0] * len(lanes)
+        filled, in_order = [0] * len(lanes), True
         for number, (block, line) in enumerate(self.lines()):
             i, count = place.get(block.lanes[line]), block.counts[line]
             if i is not None and count:
                 begin = number << LINE
                 table[i, filled[i] : filled[i] + count] = torch.arange(begin, begin + count)
+                in_order &= filled[i] == 0
                 filled[i] += count
-        return table
+        if in_order and not self.holes:
+            return table
+        positions = self.look_up("positions", table, -1).cpu()
+        empty = positions < 0
+        order = torch.where(empty, torch.iinfo(torch.int32).max, positions).argsort(dim=1)
+        most = int((~empty).sum(1).max()) if len(table) else 0
+        return table.masked_fill(empty, -1).gather(1, order)[:, :most]
 
     def lines(self) -> Iterator[tuple[Block, int]]:
         """Every line, as its block and its number there."""
@@ -325,7 +298,7 @@ class LanePages:
 
     def state(self, row: int) -> tuple[int, ...]:
         """Rows with the same state pack the same tokens alike."""
-        return self.counts[row], self.known[row]
+        return self.counts[row], self.statistics.known[row]
 
     def most_held(self, row: int) -> int:
         """Tokens of the row's fullest lane."""
@@ -351,10 +324,8 @@ class LanePages:
             if lines:
                 blocks.append(block.select(lines, lanes))
         self.blocks, self.open = blocks, [None] * len(order)
-        self.counts, self.known, self.epoch = ([x[row] for row in order] for x in (self.counts, self.known, self.epoch))
-        index = rows.to(self.device)
-        for history in self.histories.values():
-            history.update({name: t.index_select(0, index) for name, t in history.items()})
+        self.counts = [self.counts[row] for row in order]
+        self.statistics.map_rows(rows)
 
     def truncate(self, row: int, tokens: int) -> None:
         """Forget what a row sealed from number `tokens` on (of those it ever sealed); nothing of it may be evicted."""
@@ -375,9 +346,7 @@ class LanePages:
     def tensors(self) -> Iterator[torch.Tensor]:
         for block in self.blocks:
             yield from block.tensors()
-        for group in (self.statistics, self.histories):
-            for packed in group.values():
-                yield from packed.values()
+        yield from self.statistics.tensors()
 
     def tokens_in_slabs(self) -> int:
         """Sealed tokens that are held, over all rows, on average over heads."""
@@ -389,4 +358,4 @@ class LanePages:
         for block in self.blocks:
             own = sum(tensor.nbytes for tensor in block.tensors())
             total += own * sum(block.counts) // (len(block.lanes) * block.capacity)
-        return total + sum(t.nbytes for packed in self.statistics.values() for t in packed.values())
+        return total + sum(t.nbytes for t in self.statistics.tensors())

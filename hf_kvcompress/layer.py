@@ -7,39 +7,21 @@ lazy tensors have been read, or before the next operation on the layer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import CacheLayerMixin
 
+from .chunk import Chunk
 from .config import LayerConfig
-from .eviction import Evictor
+from .footprint import tokens_for_bytes
 from .handles import LazyTensor
 from .masks import MaskPlan
 from .monitor import Monitor
-from .observation import Observation
+from .observation import LONGEST_DRAFT, Observation
 from .reading import read_dense, read_kept
 from .storage import LayerStorage
-
-LONGEST_DRAFT = 64  # tokens of a pass that is kept whole until the next one, with past recording on
-
-
-@dataclass
-class Chunk:
-    """The tokens of the pass in flight, exact, with padding: keys, values `[B, H, q, D]` from position `start` on."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    start: int
-    kept: list[torch.Tensor] | None
-    read: set[str] = field(default_factory=set)
-    queries: tuple[torch.Tensor, float] | None = None  # of the pass and what they are scaled with, for a policy
-    observed: Observation | None = None
-    attended: bool = False
-
-    def of(self, role: str) -> torch.Tensor:
-        return self.keys if role == "key" else self.values
 
 
 class CompressedLayer(CacheLayerMixin):
@@ -64,6 +46,8 @@ class CompressedLayer(CacheLayerMixin):
         self.storage: LayerStorage | None = None
         self.chunk: Chunk | None = None
         self.seen = 0
+        self.share: Callable[[int, torch.dtype], dict[int, int]] | None = None  # batch, dtype -> bytes of every layer
+        self.query_heads: int | None = None
         self.stands_alone = False  # other layers hold other tokens, so one mask cannot serve all
         self.plan: MaskPlan | None = None  # of the coming pass, when the "kvcompress" mask function made its mask
 
@@ -74,6 +58,29 @@ class CompressedLayer(CacheLayerMixin):
             self.config, key_states, value_states, self.sliding_window, self.index, self.monitor
         )
         self.is_initialized = True
+        self._hold_to_share()
+
+    def _hold_to_share(self) -> None:
+        """Turn the layer's bytes into tokens, now that the batch is known."""
+        storage = self.storage
+        if storage is None or storage.evictor is None:
+            return
+        eviction = storage.evictor.settings
+        share = eviction.budget_bytes
+        if self.share is not None and eviction.budget is None:
+            share = self.share(storage.batch, storage.dtype)[self.index]
+        if share is not None:
+            storage.evictor.budget = tokens_for_bytes(
+                self.config,
+                storage.dims["key"],
+                storage.dims["value"],
+                storage.heads["key"],
+                storage.batch,
+                storage.dtype,
+                share,
+                self.query_heads,
+                self.sliding_window,
+            )
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -114,28 +121,37 @@ class CompressedLayer(CacheLayerMixin):
         if chunk is None or storage is None:
             return
         chunk.attended = True
-        if storage.pages.codecs["key"].wants_queries:
-            storage.queries.observe(queries, chunk.kept)
-        if storage.evictor is not None and storage.evictor.window is not None:
-            chunk.queries = (queries, scaling)
+        # Layers that share keys may compute the last queries of a pass only: the layer that made the keys saw them all.
+        chunk.watched = queries.shape[2] == chunk.keys.shape[2]
+        if not chunk.watched:
+            return
+        window = storage.evictor.window if storage.evictor is not None else None
+        if window is not None or storage.pages.codecs["key"].wants_queries:
+            chunk.queries.append(queries)
+            chunk.scaling = scaling
 
     @property
     def wants_mass(self) -> bool:
         """The policy asks for the attention that every token receives."""
         evictor = self.storage.evictor if self.storage is not None else None
-        return evictor is not None and evictor.wants_mass and self.chunk is not None
+        return evictor is not None and evictor.wants_mass and self.chunk is not None and self.chunk.watched
+
+    def keep_all(self) -> None:
+        """Evict nothing from now on: what stands here is another text's, and its queries are no guide."""
+        if self.storage is not None and self.storage.evictor is not None:
+            self.storage.evictor.budget = None
 
     @property
     def may_be_cropped(self) -> bool:
         """The pass in flight is a draft whose last tokens may be taken back: it is stored when the next one comes."""
         evicts = self.storage is not None and self.storage.evictor is not None
-        return evicts and self.record_past and self.chunk is not None and self.chunk.keys.shape[2] <= LONGEST_DRAFT
+        return evicts and self.record_past and self.chunk is not None
 
     def observe_mass(self, run: object, mass: torch.Tensor) -> None:
         """Note the mass that the tokens of a run ("exact", "new" or a block) received in this pass."""
         if self.chunk is not None:
             if self.chunk.observed is None:
-                self.chunk.observed = Observation(by_query=self.may_be_cropped)
+                self.chunk.observed = Observation(draft=self.may_be_cropped)
             self.chunk.observed.add(run, mass)
 
     def finish(self) -> None:
@@ -149,25 +165,15 @@ class CompressedLayer(CacheLayerMixin):
         if chunk is None or self.storage is None:
             return
         keys, values, observed = chunk.keys.detach(), chunk.values.detach(), chunk.observed
-        if chunk.queries is not None and self.storage.evictor is not None and self.storage.evictor.window is not None:
-            self.storage.evictor.window.observe(*chunk.queries, chunk.start, chunk.kept)
+        if self.storage.pages.codecs["key"].wants_queries:
+            for queries in chunk.queries:
+                self.storage.queries.observe(queries, chunk.kept)
+        window = self.storage.evictor.window if self.storage.evictor is not None else None
+        if window is not None and chunk.queries:
+            window.observe(chunk.queries[0], chunk.scaling, chunk.start, chunk.kept)
         if observed is not None:
-            observed = observed.of_first(keys.shape[2])
+            observed = observed.total()
         self.storage.append(keys, values, chunk.start, chunk.kept, self.record_past, observed)
-
-    def _crop_chunk(self, tokens: int) -> None:
-        """Take back the newest `tokens` of the pass in flight, which nothing has been done with yet."""
-        chunk = self.chunk
-        assert chunk is not None
-        left = chunk.keys.shape[2] - tokens
-        chunk.keys, chunk.values = chunk.keys[:, :, :left], chunk.values[:, :, :left]
-        if chunk.kept is not None:
-            chunk.kept = [own[own < left] for own in chunk.kept]
-        if chunk.queries is not None:
-            chunk.queries = (chunk.queries[0][:, :, :left], chunk.queries[1])
-        if left == 0:
-            self.chunk = None
-        self.seen -= tokens
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -197,15 +203,7 @@ class CompressedLayer(CacheLayerMixin):
         assert self.storage is not None
         return self.storage.tokens_stored()[0]
 
-    def _refuse_plain_attention(self, evictor: Evictor) -> None:
-        """Raise RuntimeError where a plain attention would be wrong: it shows no queries and hides no padding."""
-        why = None
-        if evictor.policy.needs_queries:
-            why = f"policy {evictor.policy.name!r} scores tokens with queries, which only the attention can hand over"
-        elif self.storage is not None and self.storage.batch > 1:
-            why = "a policy evicts each row's own tokens and cannot see a batch's padding"
-        elif not evictor.settings.uniform_heads or self.is_sliding or evictor.settings.demote_to or self.stands_alone:
-            why = "heads or layers hold different tokens"
+    def _refuse_plain_attention(self, why: str | None) -> None:
         if why is not None:
             raise RuntimeError(
                 f"layer {self.index}: {why}. Call `hf_kvcompress.enable(model)` first: this model runs an attention "
@@ -246,12 +244,14 @@ class CompressedLayer(CacheLayerMixin):
 
     def _read(self, role: str, covered: tuple[int, int]) -> torch.Tensor:
         if self.storage is not None and self.storage.evictor is not None:
-            self._refuse_plain_attention(self.storage.evictor)
+            self._refuse_plain_attention(
+                self.storage.evictor.needs_our_attention(self.storage.batch, self.stands_alone)
+            )
         dense = self.dense(role, covered)
         if self.chunk is not None:
             self.chunk.read.add(role)
             if len(self.chunk.read) == 2:  # a plain attention has both: no need to hold the chunk until the next pass
-                self.commit()
+                self.finish()
         return dense
 
     # -- transformers' layer interface ---------------------------------------------------------------------------------
@@ -265,6 +265,8 @@ class CompressedLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the positions that `update` will return for `query_length` more tokens."""
+        if self.may_be_cropped:
+            self.commit()  # a pass that begins takes no draft back
         if self._compact:
             self.commit()
             past = self._kept()
@@ -285,31 +287,51 @@ class CompressedLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest `-tokens_to_remove` positions; the rest of a cut page returns to the window, decoded."""
         tokens_to_remove = int(tokens_to_remove)  # older transformers pass a tensor
-        if tokens_to_remove > 0:
-            raise ValueError(f"tokens_to_remove: expected 0 or a negative number of tokens, got {tokens_to_remove}")
+        self.check_crop(tokens_to_remove)
         if self.storage is None:
             return
         if self.may_be_cropped and self.chunk is not None and tokens_to_remove:
             own = min(-tokens_to_remove, self.chunk.keys.shape[2])
-            self._crop_chunk(own)
+            self.seen -= own
+            if not self.chunk.crop(own):
+                self.chunk = None
             tokens_to_remove += own
             if tokens_to_remove == 0:
                 return
         self.commit()
         if tokens_to_remove:
-            if self.storage.evictor is not None and self.storage.evictor.evicted:
-                raise RuntimeError(
-                    f"crop: layer {self.index} has evicted tokens for the sake of those to be taken back; call "
-                    "`activate_past_recording` before a pass that you may want to crop, and crop before the next one"
-                )
-            if not self.is_croppable:
-                raise RuntimeError(
-                    f"crop: layer {self.index} has a sliding window of {self.sliding_window} and has given back older "
-                    "tokens; call `activate_past_recording` before generating if you want to crop"
-                )
             self.seen = max(self.seen + tokens_to_remove, 0)
             self.storage.truncate(self.seen)
         self.storage.drop_expired()
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise ValueError or RuntimeError if `crop` cannot take back these tokens, before anything is changed."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove: expected 0 or a negative number of tokens, got {tokens_to_remove}")
+        if self.storage is None or tokens_to_remove == 0:
+            return
+        drafted = 0
+        if self.may_be_cropped and self.chunk is not None:
+            drafted = self.chunk.keys.shape[2]
+            if LONGEST_DRAFT < -tokens_to_remove < drafted and self.chunk.observed is not None:
+                raise RuntimeError(
+                    f"crop: layer {self.index} counts attention and can take back at most the last {LONGEST_DRAFT} "
+                    f"tokens of a pass, or all of it, got {tokens_to_remove}"
+                )
+        else:
+            self.commit()
+        if -tokens_to_remove <= drafted:
+            return
+        if self.storage.evictor is not None and self.storage.evictor.evicted:
+            raise RuntimeError(
+                f"crop: layer {self.index} has evicted tokens for the sake of those to be taken back; call "
+                "`activate_past_recording` before a pass that you may want to crop, and crop before the next one"
+            )
+        if not self.is_croppable:
+            raise RuntimeError(
+                f"crop: layer {self.index} has a sliding window of {self.sliding_window} and has given back older "
+                "tokens; call `activate_past_recording` before generating if you want to crop"
+            )
 
     def reset(self) -> None:
         self.storage = self.chunk = self.plan = None
@@ -329,7 +351,10 @@ class CompressedLayer(CacheLayerMixin):
             return
         self.commit()
         rows = torch.as_tensor(indices).cpu()
+        before = self.storage.batch
         self.storage.map_rows(rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows.long())
+        if self.storage.batch != before:
+            self._hold_to_share()
 
     def offload(self) -> None: ...  # packed pages stay where they are
 
@@ -338,36 +363,3 @@ class CompressedLayer(CacheLayerMixin):
     def __getstate__(self) -> dict[str, Any]:
         self.commit()  # a pass in flight has no meaning elsewhere, and a mask function cannot be pickled
         return {**self.__dict__, "plan": None}
-
-
-class CompressedHybridLayer(LinearAttentionLayer, CompressedLayer):
-    """A layer with a linear-attention state beside its attention: the state passes through, the attention is packed."""
-
-    is_compileable = False
-
-    def __init__(self, config: LayerConfig, index: int, number_of_states: int = 1, monitor: Monitor | None = None):
-        CompressedLayer.__init__(self, config, index, monitor=monitor)
-        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
-
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        owner = CompressedLayer if len(args) == 2 and not kwargs else LinearAttentionLayer
-        owner.lazy_initialization(self, *args, **kwargs)
-
-    def reset(self) -> None:
-        LinearAttentionLayer.reset(self)
-        CompressedLayer.reset(self)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        LinearAttentionLayer.reorder_cache(self, beam_idx)
-        CompressedLayer.reorder_cache(self, beam_idx)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        LinearAttentionLayer.crop(self, tokens_to_remove)
-        CompressedLayer.crop(self, tokens_to_remove)
-
-    def activate_past_recording(self) -> None:
-        LinearAttentionLayer.activate_past_recording(self)
-
-    @property
-    def is_croppable(self) -> bool:  # type: ignore[override]
-        return super().is_croppable  # a recurrent state cannot be taken back

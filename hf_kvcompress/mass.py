@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from .lanes import Block
+from .blocks import Block
 from .masks import Mask, Slots
+from .observation import LONGEST_DRAFT, draft_slots
 from .softmax import Extras
 
 SCORES = 2**22  # scores that are held at once while a prompt's mass is summed: they stay in a processor's cache
@@ -34,18 +35,27 @@ def real_queries(
 
 
 def mass_of_run(
-    run: Any, weights: torch.Tensor, real: torch.Tensor | None, heads: int, groups: int, by_query: bool = False
+    run: Any,
+    weights: torch.Tensor,
+    real: torch.Tensor | None,
+    heads: int,
+    groups: int,
+    slots: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Weights `[B, H, G * q, n]` (or of a block `[lines, 1, G * q, n]`) -> mass `[B, H, n]` (or `[lines, n]`).
 
-    With `by_query` there is an axis of q before the last one.
+    With `slots`, the `draft_slots` of these queries, there is an axis of them before the last one.
     """
-    if real is not None or by_query:
+    if real is not None or slots is not None:
         weights = weights.unflatten(2, (groups, -1)).sum(2)
         if real is not None:
             own = real[run.index("lanes") // heads] if isinstance(run, Block) else real
             weights = weights * own[:, None, :, None]
-    mass = weights if by_query else weights.sum(2)
+    if slots is None:
+        mass = weights.sum(2)
+    else:
+        mass = weights.new_zeros(*weights.shape[:2], LONGEST_DRAFT + 1, weights.shape[-1])
+        mass.index_add_(2, slots.to(mass.device), weights)
     return mass[:, 0] if isinstance(run, Block) else mass
 
 
@@ -56,8 +66,9 @@ def prompt_mass(
     scaling: float,
     extras: Extras,
     kept: Sequence[torch.Tensor] | None,
+    draft: bool = False,
 ) -> torch.Tensor:
-    """Mass `[B, H, q]` float32 that the tokens of a first pass receive from its own queries.
+    """Mass `[B, H, q]` float32 that the tokens of a first pass receive from its own queries, with `draft` by their slots.
 
     query: `[B, Hq, q, D]`, keys: `[B, H, q, D]`. The attention itself runs in one fused call that keeps no weights, so
     scores are computed a second time, a block of queries against the keys before them.
@@ -65,7 +76,8 @@ def prompt_mass(
     batch, query_heads, length, dim = query.shape
     heads = keys.shape[1]
     groups = query_heads // heads
-    mass = torch.zeros(batch, heads, length, device=query.device)
+    slots = (LONGEST_DRAFT + 1,) if draft else ()
+    mass = torch.zeros(batch, heads, *slots, length, device=query.device)
     start = 0
     while start < length:
         rows = max(SCORES // (batch * query_heads * length), 1)
@@ -80,7 +92,8 @@ def prompt_mass(
             scores = scores + extras.bias[:, :, which, :seen]
         weights = _softmax(scores, extras)
         real = real_queries(kept, which, which.stop - which.start, query.device)
-        mass[:, :, :seen] += mass_of_run(None, weights.view(batch, heads, -1, seen), real, heads, groups)
+        own_slots = draft_slots(length, which) if draft else None
+        mass[..., :seen] += mass_of_run(None, weights.view(batch, heads, -1, seen), real, heads, groups, own_slots)
         start = which.stop
     return mass
 

@@ -11,6 +11,7 @@ from .codecs.base import Codec, Packed
 from .layer import CompressedLayer
 from .masks import Mask, Slots
 from .mass import chunk_slots, mass_of_run, real_queries
+from .observation import draft_slots
 from .pages import SEGMENT_LENGTH
 from .reading import exact_run, page_runs
 from .softmax import Extras, RunningSoftmax
@@ -43,7 +44,7 @@ def _attend(
     """One block of queries, `which` of the pass: `[B, H, G * q, Dv]` float32."""
     assert layer.storage is not None
     batch, query_heads, length, _ = query.shape
-    storage, codecs = layer.storage, layer.storage.pages.codecs
+    storage = layer.storage
     heads = storage.heads["key"]
     groups = query_heads // heads
     q = (query.float() * scaling).reshape(batch, heads, groups * length, -1)
@@ -55,19 +56,24 @@ def _attend(
     for name, keys, values, slots in _exact_runs(layer):
         scores = _finish_scores(q @ keys.float().mT, which, mask, slots, extras, groups)
         running.add(name, scores, partial(_weigh, values), "exact", extras.dropout)
-    for run in page_runs(storage):
+    for run in page_runs(storage, q):
         own = q if run.lanes is None else q.flatten(0, 1)[run.lanes].unsqueeze(1)
-        scores = codecs["key"].scores(own, run.keys)[..., : run.tokens]
+        scores = run.codecs["key"].scores(own, run.keys)[..., : run.tokens]
         scores = _finish_scores(scores, which, mask, run.slots, extras, groups)
         if run.tokens < run.capacity:
             scores = torch.nn.functional.pad(scores, (0, run.capacity - run.tokens), value=float("-inf"))
-        mix = partial(_mix, codecs["value"], run.values)
-        running.add(run.block, scores, mix, "packed", extras.dropout, run.lanes)
-    out = running.result(codecs["value"].finish)
+        mix = partial(_mix, run.codecs["value"], run.values)
+        running.add(run.block, scores, mix, run.tier, extras.dropout, run.lanes)
+    finish = {"packed": storage.pages.codecs["value"].finish}
+    if storage.tail is not None:
+        finish["tail"] = storage.tail.pages.codecs["value"].finish
+    out = running.result(finish)
     if layer.wants_mass:
         real = real_queries(layer.chunk.kept if layer.chunk else None, which, length, q.device)
-        for run, weights in running.weights():
-            layer.observe_mass(run, mass_of_run(run, weights, real, heads, groups, layer.may_be_cropped))
+        pass_length = layer.chunk.keys.shape[2] if layer.chunk else length
+        drafts = draft_slots(pass_length, which) if layer.may_be_cropped else None
+        for name, weights in running.weights():
+            layer.observe_mass(name, mass_of_run(name, weights, real, heads, groups, drafts))
     return out
 
 

@@ -15,11 +15,22 @@ import torch
 from .config import DEFAULT_POLICY, NO_POLICY, CacheConfig, LayerConfig, expect
 from .footprint import dense_bytes, evicts, largest, layer_bytes, tokens_for_bytes
 from .plans import LayerPlan, Plan
+from .policies.layer_budgets import layer_weights
 from .policies.registry import make_policy
 from .policies.settings import EvictionConfig, parse_bytes
 from .shapes import LayerShape, layer_shapes
 
-__all__ = ["BudgetError", "LayerPlan", "Plan", "describe", "layer_bytes", "plan", "share_bytes", "tokens_for_bytes"]
+__all__ = [
+    "BudgetError",
+    "ByteShares",
+    "LayerPlan",
+    "Plan",
+    "describe",
+    "layer_bytes",
+    "plan",
+    "share_bytes",
+    "tokens_for_bytes",
+]
 
 #: codecs that keep every token, mildest first; none below the last is ever planned
 LEVELS = ("identity", "int8", "eqrot4", "eqrot3")
@@ -113,6 +124,31 @@ def describe(
     shapes = _shapes(config)
     layers = tuple(_layer_plan(shape, settings.for_layer(shape.layer), context, batch, dtype) for shape in shapes)
     return Plan(settings, layers, context, batch, dtype, budget_bytes)
+
+
+class ByteShares:
+    """Bytes of every layer that evicts, by batch size and dtype: `share_bytes`, worked out once for each.
+
+    Args:
+        config: the model's config.
+        settings: with `budget_bytes` set.
+    """
+
+    def __init__(self, config: Any, settings: CacheConfig):
+        self.config, self.settings = config, settings
+        text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+        self.query_heads: int | None = getattr(text, "num_attention_heads", None)
+        self._known: dict[tuple[int, torch.dtype], dict[int, int]] = {}
+
+    def __call__(self, batch: int, dtype: torch.dtype) -> dict[int, int]:
+        if (batch, dtype) not in self._known:
+            shares = share_bytes(self.config, self.settings, batch, dtype)
+            if self.settings.layer_budget != "uniform":
+                even = sum(shares.values()) / max(len(shares), 1)
+                weights = layer_weights(self.settings.layer_budget, len(shares))
+                shares = {index: int(even * weight) for index, weight in zip(sorted(shares), weights, strict=True)}
+            self._known[batch, dtype] = shares
+        return self._known[batch, dtype]
 
 
 def share_bytes(config: Any, settings: CacheConfig, batch: int, dtype: torch.dtype) -> dict[int, int]:

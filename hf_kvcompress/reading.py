@@ -8,17 +8,20 @@ from functools import partial
 
 import torch
 
-from .codecs.base import Packed
-from .lanes import Block, LanePages
+from .blocks import Block
+from .codecs.base import Codec, Packed
+from .lanes import LanePages
 from .masks import Lines, Slots
 from .storage import LayerStorage
+from .tiers import Fetched
 
 
 @dataclass(frozen=True)
 class PageRun:
     """Packed tokens to attend to: fields `[B, H, 1, ...]`, or `[lines, 1, 1, ...]` if `lanes` says whose they are.
 
-    Only the first `tokens` of `capacity` can hold any. `block` is what lines came from.
+    Only the first `tokens` of `capacity` can hold any. `block` is what lines came from, `codecs` what they are packed
+    with, and `tier` names those codecs.
     """
 
     keys: Packed
@@ -26,31 +29,39 @@ class PageRun:
     capacity: int
     tokens: int
     slots: Slots
+    codecs: dict[str, Codec]
+    tier: str = "packed"
     lanes: torch.Tensor | None = None
     block: Block | None = None
 
 
-def page_runs(storage: LayerStorage) -> Iterator[PageRun]:
-    """The sealed pages, slab by slab or block by block."""
+def page_runs(storage: LayerStorage, queries: torch.Tensor) -> Iterator[PageRun]:
+    """The sealed pages, slab by slab or block by block; of a host tier those that `queries` `[B, H, M, D]` want most."""
     if isinstance(storage.pages, LanePages):
-        yield from _lane_runs(storage.pages)
+        yield from (_lane_run(storage.pages, block, "packed") for block in storage.pages.blocks)
+        tail = storage.tail
+        if tail is not None and not tail.host:
+            yield from (_lane_run(tail.pages, block, "tail") for block in tail.pages.blocks)
+        elif tail is not None:
+            fetched = tail.fetch(queries.flatten(0, 1))
+            if fetched is not None:
+                yield _lane_run(storage.pages, fetched, "packed")
         return
     sinks = max(storage.window.sinks, default=0)  # a row that has sealed anything has all its sinks
     for slab, tokens in storage.pages.runs():
         counts = [min(count, slab.end) for count in storage.pages.counts]
         slots = _page_slots(storage, sinks, slab.start, tokens, counts)
-        yield PageRun(slab.keys, slab.values, slab.capacity, tokens, slots)
+        yield PageRun(slab.keys, slab.values, slab.capacity, tokens, slots, storage.pages.codecs)
 
 
-def _lane_runs(pages: LanePages) -> Iterator[PageRun]:
-    for block in pages.blocks:
-        lanes = block.index("lanes")
-        lines = Lines(lanes // pages.heads, lanes % pages.heads, pages.heads)
-        full, tokens = min(block.counts) == block.capacity, max(block.counts)
-        if tokens:
-            slots = Slots(partial(_positions_of, block, tokens), None, past=True, full=full, lines=lines)
-            fields = pages.packed(block, "key"), pages.packed(block, "value")
-            yield PageRun(*fields, block.capacity, tokens, slots, lanes, block)
+def _lane_run(pages: LanePages, block: Block, tier: str) -> PageRun:
+    lanes = block.index("lanes")
+    lines = Lines(lanes // pages.heads, lanes % pages.heads, pages.heads)
+    tokens = max(block.counts)
+    full = min(block.counts) == block.capacity and not pages.holes and not isinstance(block, Fetched)
+    slots = Slots(partial(_positions_of, block, tokens), None, past=True, full=full, lines=lines)
+    keys, values = pages.packed(block, "key"), pages.packed(block, "value")
+    return PageRun(keys, values, block.capacity, tokens, slots, pages.codecs, tier, lanes, block)
 
 
 def _positions_of(block: Block, tokens: int, device: torch.device) -> torch.Tensor:
@@ -104,6 +115,8 @@ def read_dense(storage: LayerStorage, role: str, start: int, end: int) -> torch.
     _place(dense, storage, exact[:, :, :sinks], [0] * storage.batch, window.sinks, start, end)
     if isinstance(storage.pages, LanePages):
         _scatter(dense, storage.pages, role, start, end)
+        if storage.tail is not None:
+            _scatter(dense, storage.tail.pages, role, start, end)
     else:
         for slab, tokens in storage.pages.runs():
             held = [min(max(count - slab.start, 0), tokens) for count in sealed]
@@ -121,8 +134,9 @@ def _scatter(dense: torch.Tensor, pages: LanePages, role: str, start: int, end: 
     at = pages.look_up("positions", table, -1).long()
     lane, place = ((at >= start) & (at < end)).nonzero(as_tuple=True)
     if len(lane):
-        decoded = pages.decode(role, table)[lane, place].to(dense.dtype)
-        dense[lane // pages.heads, lane % pages.heads, at[lane, place] - start] = decoded
+        decoded = pages.decode(role, table)[lane, place].to(dense)
+        at, lane = (at[lane, place] - start).to(dense.device), lane.to(dense.device)
+        dense[lane // pages.heads, lane % pages.heads, at] = decoded
 
 
 def read_kept(storage: LayerStorage, role: str) -> torch.Tensor:

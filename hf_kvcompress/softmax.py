@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,9 +87,9 @@ class RunningSoftmax:
         total.flatten(0, 1).index_add_(0, lanes, part[:, 0])
         return total
 
-    def result(self, finish: Transform) -> torch.Tensor:
-        """The weighted mean `[B, H, M, Dv]`; `finish` takes the packed sum out of its codec's basis."""
-        parts = [finish(total) if basis == "packed" else total for basis, total in self.sums.items()]
+    def result(self, finish: Mapping[str, Transform]) -> torch.Tensor:
+        """The weighted mean `[B, H, M, Dv]`; `finish` takes the sum in a codec's basis out of it."""
+        parts = [finish[basis](total) if basis in finish else total for basis, total in self.sums.items()]
         return sum(parts[1:], parts[0]) / self._divisor()
 
     def _divisor(self) -> torch.Tensor:

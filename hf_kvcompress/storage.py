@@ -15,8 +15,10 @@ from .lanes import LanePages
 from .monitor import Monitor
 from .observation import Observation
 from .pages import PageStore
+from .policies.settings import HOST, EvictionConfig
 from .positions import Positions
 from .queries import QueryStatistics
+from .tiers import Tail
 from .window import ExactWindow, Parts
 
 SLIDING_SEGMENT = 128  # what has left a sliding window is given back a segment at a time
@@ -55,13 +57,24 @@ class LayerStorage:
         mass = self.evictor is not None and self.evictor.wants_mass
         self.window = ExactWindow(batch, heads, key_dim, values.shape[-1], sinks, room, self.dtype, self.device, mass)
         self.pages: PageStore | LanePages
+        self.tail: Tail | None = None
         if self.evictor is not None:
             self.pages = LanePages(*codecs, batch, heads, self.device, mass)
+            self.tail = self._tail(self.evictor.settings, batch, heads)
         else:
             segment = max(SLIDING_SEGMENT, config.tokens_per_page) if sliding_window is not None else None
             self.pages = PageStore(*codecs, batch, heads, self.device, segment)
         self.positions = Positions(batch)
         self.queries = QueryStatistics(batch, heads, codecs[0].wants_query_moment)
+
+    def _tail(self, settings: EvictionConfig, batch: int, heads: int) -> Tail | None:
+        if settings.demote_to is None:
+            return None
+        host = settings.demote_to == HOST
+        names = (self.config.keys, self.config.values) if host else (settings.demote_to,) * 2
+        keys, values = self._codec(names[0], "key"), self._codec(names[1], "value")
+        mass = self.window.mass is not None
+        return Tail(keys, values, batch, heads, self.device, mass, host, settings.fetch_pages)
 
     def _codec(self, name: str, role: Role) -> Codec:
         page_size, group_size = self.config.tokens_per_page, self.config.group_size
@@ -125,8 +138,7 @@ class LayerStorage:
         if observed.exact is not None:
             self.window.mass[:, :, : observed.exact.shape[2]] += observed.exact
         for block, mass in observed.blocks:
-            assert block.mass is not None
-            block.mass += mass
+            block.credit(mass)
         assert observed.new is not None
         return observed.new[..., None]
 
@@ -247,6 +259,8 @@ class LayerStorage:
         self.queries.map_rows(rows.tolist())
         if self.evictor is not None:
             self.evictor.map_rows(rows.tolist())
+        if self.tail is not None:
+            self.tail.map_rows(rows)
 
     def tokens_stored(self) -> list[int]:
         """Tokens of each row that queries to come can see, on average over heads."""
@@ -262,4 +276,8 @@ class LayerStorage:
         """Every tensor held."""
         yield from self.window.parts
         yield from self.pages.tensors()
+        if self.tail is not None:
+            yield from self.tail.tensors()
+        if self.evictor is not None:
+            yield from self.evictor.tensors()
         yield from (t for t in (self.positions.table, self.queries.sums) if t is not None)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from .cache import CompressedCache
 from .config import expect
+from .policies.learned import LearnedPolicy, LearnedWeights
+from .shapes import layer_shapes
 
 
 class KIVICache(CompressedCache):
@@ -261,3 +264,37 @@ class RandomCache(CompressedCache):
         self, config: PreTrainedConfig | None = None, budget: int | float | str = 1024, seed: int = 0, **settings: Any
     ):
         super().__init__(config, **{"policy": "random", "policy_options": {"seed": seed}, "budget": budget, **settings})
+
+
+class LearnedCache(CompressedCache):
+    """Scored by a network that `kvcompress train-policy` trained for this model; works under any attention.
+
+    Args:
+        weights: the file that the command wrote, or weights in memory.
+        budget: tokens, part of those seen or bytes that stay.
+
+    Raises:
+        ValueError: the file is for a model of another shape.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig | None = None,
+        *,
+        weights: str | Path | LearnedWeights,
+        budget: int | float | str = 1024,
+        **settings: Any,
+    ):
+        if isinstance(weights, LearnedWeights):
+            own: dict[str, Any] = {"policy": LearnedPolicy(weights)}
+        else:
+            own = {"policy": "learned", "policy_options": {"weights": str(weights)}}
+        super().__init__(config, **{**own, "budget": budget, **settings})
+        if config is None:
+            return  # each layer is checked when it first evicts
+        opened = weights if isinstance(weights, LearnedWeights) else LearnedWeights.open(weights)
+        shapes = layer_shapes(config)
+        opened.check_layers(len(shapes))
+        for index, layer in self._budgets.items():
+            if layer.eviction is not None and layer.eviction.make_policy().name == LearnedPolicy.name:
+                opened.check(index, shapes[index].heads, shapes[index].key_dim, shapes[index].value_dim)

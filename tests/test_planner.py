@@ -8,7 +8,7 @@ from transformers import DynamicCache, LlamaConfig
 from typer.testing import CliRunner
 
 import hf_kvcompress as kvc
-from hf_kvcompress import cli, footprint, lanes, storage
+from hf_kvcompress import cli, footprint, storage
 from hf_kvcompress.config import CacheConfig, LayerConfig
 from hf_kvcompress.planner import BudgetError, describe, layer_bytes, plan, share_bytes, tokens_for_bytes
 from hf_kvcompress.policies.settings import EvictionConfig
@@ -106,7 +106,6 @@ def test_bytes_of_a_layer_need_no_model():
 
 def test_sizes_that_the_footprint_repeats():
     assert footprint.SLIDING_SEGMENT == storage.SLIDING_SEGMENT
-    assert (footprint.EPOCH_GROWTH, footprint.EPOCH_ENOUGH) == (lanes.GROWTH, lanes.ENOUGH)
 
 
 @pytest.mark.parametrize("policy", ["h2o", "snapkv", "expected", "streaming"])

@@ -13,7 +13,8 @@ from functools import cache
 import numpy as np
 import torch
 
-BOS, ASK, SEE, RULE = 1, 2, 3, 4
+BOS, ASK, SEE, WHICH = 1, 2, 3, 12
+RULES = range(4, 8)
 BOOKS = range(8, 12)
 FILLER = range(16, 48)
 KEYS = range(48, 240)
@@ -25,6 +26,8 @@ LENGTH = 512
 FIRST_TRAINING_SEED = 1_000_000
 
 Random = np.random.Generator
+#: tokens, and what is known among them, by offset
+Item = tuple[list[int], dict[int, int]]
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,9 @@ class Sample:
 
 @dataclass
 class Draft:
-    """A sample before it becomes tensors. `items` are (tokens, hints by offset), in order."""
+    """A sample before it becomes tensors. `items` come in order, with filler between them."""
 
-    items: list[tuple[list[int], dict[int, int]]]
+    items: list[Item]
     questions: list[list[int]]
     answers: list[list[int]]
     head: list[int] = field(default_factory=lambda: [BOS])
@@ -155,7 +158,7 @@ def _asked(rng: Random, pairs: list[list[int]], count: int) -> tuple[list[list[i
     return [[ASK, *pairs[i][:2]] for i in order], [[pairs[i][2]] for i in order]
 
 
-def _plain(items: list[list[int]]) -> list[tuple[list[int], dict[int, int]]]:
+def _plain(items: list[list[int]]) -> list[Item]:
     return [(item, {}) for item in items]
 
 
@@ -178,14 +181,17 @@ def _near(rng: Random, length: int, questions: int) -> Draft:
 
 
 def _rule(rng: Random, length: int, questions: int) -> Draft:
-    """The second token of all names the book that counts. Questions do not name it."""
+    """The second token says which book counts. `ASK WHICH` makes the model name it, then a key is asked for in it."""
     keys = _pick(rng, KEYS, max(1, length // 24))
     rule, *others = _pick(rng, BOOKS, len(BOOKS))
     pairs, decoys = ([[book, key, *_draw(rng, VALUES, 1)] for key in keys] for book in (rule, others[0]))
     items = pairs + decoys
     rng.shuffle(items)
-    asked, answers = _asked(rng, pairs, questions)
-    return Draft(_plain(items), [[ASK, key] for _, _, key in asked], answers, head=[BOS, RULE, rule])
+    asked, answers = [], []
+    for (_, *question), answer in zip(*_asked(rng, pairs, -(-questions // 2)), strict=True):
+        asked += [[ASK, WHICH], question[1:]]
+        answers += [[rule], answer]
+    return Draft(_plain(items), asked[:questions], answers[:questions], head=[BOS, RULES[rule - BOOKS.start]])
 
 
 def _blocks(rng: Random, length: int, questions: int) -> Draft:
@@ -197,7 +203,8 @@ def _blocks(rng: Random, length: int, questions: int) -> Draft:
     taken = {key for _, key, _ in pairs}
     free = [key for key in rng.permutation(KEYS).tolist() if key not in taken]
     blocks = [free[i * size : (i + 1) * size] for i in range(count)]
-    items, seen = [], set()
+    items: list[Item] = []
+    seen = set()
     for i in rng.permutation(count * repeats + len(pairs)).tolist():
         if i >= count * repeats:
             items.append((pairs[i - count * repeats], {}))
@@ -218,7 +225,7 @@ def _mentioned(rng: Random, length: int, questions: int) -> Draft:
     """Some keys are mentioned again, without their value. Only those are asked for."""
     pairs = _pairs(rng, max(4, length // 20))
     hot = pairs[: max(2, len(pairs) // 4)]
-    events: list[tuple[float, tuple[list[int], dict[int, int]]]] = []
+    events: list[tuple[float, Item]] = []
     for pair in pairs:
         times = sorted(rng.random(3 if pair in hot else 1).tolist())
         events.append((times[0], (pair, {})))
@@ -257,7 +264,7 @@ TASKS: dict[str, RecallTask] = {
         RecallTask("mentioned", _mentioned),
         RecallTask("blocks", _blocks),
         RecallTask("near", _near),
-        RecallTask("rule", _rule),
+        RecallTask("rule", _rule, sequential=True),
         RecallTask("dormant", _dormant),
     )
 }

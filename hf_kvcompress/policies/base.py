@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
+from torch.nn.functional import avg_pool1d
 
 Capture = Literal["none", "mass", "window"]
 
@@ -30,7 +31,7 @@ class Candidates:
     """The tokens that a policy scores, sorted by position in every lane; what it does not ask for costs nothing.
 
     Args:
-        positions: `[L, N]`, -1 where a lane has fewer.
+        positions: `[L, N]`, counted from the row's first token, -1 where a lane has fewer. So are all others here.
         heads: Hkv; lane l is head `l % heads` of row `l // heads`.
         keys, values: give `[L, N, D]` float32, zeros where a lane has fewer.
         context: gives the keys `[L, n, D]` and positions `[L, n]` of the exact tokens, which always stay.
@@ -82,6 +83,12 @@ class Candidates:
         hidden = (at < 0) | (at > self.observers.positions[..., None])
         weights = scores.masked_fill_(hidden, float("-inf")).softmax(-1)
         return torch.nan_to_num(weights)[..., : self.keys.shape[1]]
+
+    def smooth(self, scores: torch.Tensor, size: int) -> torch.Tensor:
+        """Scores `[L, N]` averaged over each candidate's `size` neighbours, itself in the middle, as far as they exist."""
+        kernel = (size, 1, size // 2)
+        sums = avg_pool1d((scores * self.present)[:, None], *kernel)[:, 0]
+        return sums / avg_pool1d(self.present.to(scores.dtype)[:, None], *kernel)[:, 0].clamp(min=1 / size)
 
 
 class Policy(ABC):

@@ -10,11 +10,13 @@ from .base import Policy
 from .expected import ExpectedAttentionPolicy
 from .h2o import H2OPolicy
 from .keydiff import KeyDiffPolicy
+from .learned import LearnedPolicy
 from .random import RandomPolicy
 from .rkv import RKVPolicy
 from .snapkv import SnapKVPolicy
 from .streaming import StreamingPolicy
 from .tova import TOVAPolicy
+from .video import VideoPolicy
 
 POLICIES: dict[str, type[Policy]] = {
     "streaming": StreamingPolicy,
@@ -25,6 +27,8 @@ POLICIES: dict[str, type[Policy]] = {
     "keydiff": KeyDiffPolicy,
     "rkv": RKVPolicy,
     "random": RandomPolicy,
+    "learned": LearnedPolicy,
+    "video": VideoPolicy,
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import avg_pool1d, normalize
+from torch.nn.functional import normalize
 
 from .base import Candidates, Policy
 
@@ -31,9 +31,7 @@ class RKVPolicy(Policy):
 
     def score(self, candidates: Candidates) -> torch.Tensor:
         """Both terms sum to about one over a lane."""
-        mean = candidates.attention().mean(1)
-        pad = self.kernel_size // 2
-        attention = avg_pool1d(mean[:, None], self.kernel_size, 1, pad, count_include_pad=False)[:, 0]
+        attention = candidates.smooth(candidates.attention().mean(1), self.kernel_size)
         keys = normalize(candidates.keys, dim=-1)
         total = keys.sum(1)  # absent candidates are zeros
         count = candidates.present.sum(1, keepdim=True).clamp(min=2)

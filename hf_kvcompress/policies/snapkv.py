@@ -27,6 +27,4 @@ class SnapKVPolicy(Policy):
 
     def score(self, candidates: Candidates) -> torch.Tensor:
         """Attention averaged over queries and query group, then over `kernel_size` tokens."""
-        mean = candidates.attention().mean(1)
-        pad = self.kernel_size // 2
-        return torch.nn.functional.avg_pool1d(mean[:, None], self.kernel_size, 1, pad, count_include_pad=False)[:, 0]
+        return candidates.smooth(candidates.attention().mean(1), self.kernel_size)

@@ -12,13 +12,12 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 import hf_kvcompress as kvc
 
-from .factories import Factory
+from .factories import KVCOMPRESS, Factory
 from .generation import MODES, MakeCache, Outcome, rows_alone
 from .zoo import ENTRIES, Entry
 
 TOLERANCE = 1e-5
 BY_NAME = {entry.name: entry for entry in ENTRIES}
-KVCOMPRESS = "kvcompress"
 
 
 def attentions(entry: Entry) -> tuple[str, ...]:

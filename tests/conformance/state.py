@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, MistralConfig
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from hf_kvcompress.attention import kvcompress_attention
+from hf_kvcompress.lanes import LanePages
 
 from .zoo import WINDOW
 
@@ -33,26 +37,46 @@ def random_pairs(rows: int, tokens: int, seed: int = 0, dim: int = DIM) -> Pairs
     return pairs
 
 
-def feed(cache: Any, pairs: Pairs, attention_mask: torch.Tensor | None = None) -> None:
+class Attention(torch.nn.Module):
+    """What the attention function wants to know of its module."""
+
+    num_key_value_groups, is_causal = 2, True
+
+
+def queries_of(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Queries `[B, 2 * H, T, D]` that follow from the tokens, so that a row has the same in a batch and alone."""
+    return torch.stack([values, values.roll(1, -1)], dim=2).flatten(1, 2)
+
+
+def feed(cache: Any, pairs: Pairs, attention_mask: torch.Tensor | None = None) -> list[torch.Tensor]:
     """One forward pass without a model: what the layers would hand to the cache.
 
     The mask is built first, as a model under `enable` builds it: that is how a cache learns what is padding. Without
-    `attention_mask` (`[B, tokens so far]`, 0 for padding) no mask is built, as with a plain attention.
+    `attention_mask` (`[B, tokens so far]`, 0 for padding) no mask is built, as with a plain attention. A cache that
+    evicts is always attended to with `queries_of` the tokens; what comes out of each layer is given back.
     """
+    rows, _, tokens, _ = pairs[0][0].shape
+    start, evicts, mask = cache.get_seq_length(), cache.settings.default.eviction is not None, None
+    if attention_mask is None and evicts:
+        attention_mask = torch.ones(rows, start + tokens, dtype=torch.long)
     if attention_mask is not None:
-        rows, _, tokens, _ = pairs[0][0].shape
-        config = LlamaConfig(num_hidden_layers=LAYERS, attn_implementation="eager")
+        sliding = any(layer.is_sliding for layer in cache.layers)
+        config = MistralConfig(sliding_window=WINDOW) if sliding else LlamaConfig(num_hidden_layers=LAYERS)
         config._attn_implementation_internal = "kvcompress"
-        start = cache.get_seq_length()
-        create_causal_mask(
+        make = create_sliding_window_causal_mask if sliding else create_causal_mask
+        mask = make(
             config=config,
             inputs_embeds=torch.empty(rows, tokens, 1),
             attention_mask=attention_mask,
             past_key_values=cache,
             position_ids=torch.arange(start, start + tokens).expand(rows, -1),
         )
+    out = []
     for index, (keys, values) in enumerate(pairs):
-        cache.update(keys, values, index)
+        handles = cache.update(keys, values, index)
+        if evicts:
+            out.append(kvcompress_attention(Attention(), queries_of(keys, values), *handles, mask)[0])
+    return out
 
 
 def feed_in_parts(cache: Any, pairs: Pairs, sizes: list[int], attention_mask: torch.Tensor | None = None) -> None:
@@ -113,6 +137,60 @@ def packed_rows(cache: Any, row: int) -> list[torch.Tensor]:
                         units = tokens // field.tokens
                         found.append(own[..., :units] if field.tokens_last else own[:, :, :units])
     return found
+
+
+@dataclass
+class Held:
+    """Every token that the heads of a row hold in one layer, sorted by position, -1 where a head has fewer.
+
+    positions `[H, n]`, keys and values `[H, n, D]` as they decode, mass `[H, n]` if it is tracked.
+    """
+
+    positions: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    mass: torch.Tensor | None
+
+    def of_head(self, head: int) -> list[int]:
+        """Positions that one head holds."""
+        own = self.positions[head]
+        return own[own >= 0].tolist()
+
+    @property
+    def counts(self) -> list[int]:
+        return (self.positions >= 0).sum(1).tolist()
+
+
+def held(cache: Any, row: int = 0) -> list[Held]:
+    """What a row of the cache holds, layer by layer: sinks, sealed tokens of the first tier, recent window."""
+    cache.commit()
+    return [_held(layer.storage, row) for layer in cache.layers]
+
+
+def _held(storage: Any, row: int) -> Held:
+    window, pages, heads = storage.window, storage.pages, storage.heads["key"]
+    sinks, recent = window.sinks[row], window.recent[row]
+    exact = torch.cat([torch.arange(sinks), torch.arange(recent) + window.sink_length])
+    at = storage.exact_positions()[row, exact].expand(heads, -1)
+    if isinstance(pages, LanePages):
+        table = pages.table([row])
+        sealed = pages.look_up("positions", table, -1).long()
+        keys, values = (pages.decode(role, table) for role in ("key", "value"))
+        mass = pages.look_up("mass", table, 0.0) if pages.track_mass else None
+    else:
+        keys, values = (x[0] for x in pages.read_row(row, 0, pages.counts[row]))
+        sealed = storage.positions.of_row(row, sinks, sinks + pages.counts[row]).expand(heads, -1)
+        mass = None
+    parts = [at[:, :sinks], sealed, at[:, sinks:]]
+    everything = [
+        torch.cat([part[row][:, exact[:sinks]], own, part[row][:, exact[sinks:]]], dim=1)
+        for part, own in zip(
+            window.parts, (keys, values) if mass is None else (keys, values, mass[..., None]), strict=True
+        )
+    ]
+    return Held(
+        torch.cat(parts, dim=1), everything[0], everything[1], everything[2][..., 0] if mass is not None else None
+    )
 
 
 def held_bytes(cache: Any) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 
-from .factories import LOSSY, PAGE, RESIDUAL, SINKS, Factory
+from .factories import EVICTING, LOSSY, PAGE, RESIDUAL, SINKS, Factory
 from .generation import MODES, NEW_TOKENS, PADDED_LENGTHS, Outcome, rows_alone
 from .helpers import BY_NAME, KVCOMPRESS, TOLERANCE, assert_same, attention, maker
 from .prompts import text_ids
@@ -17,17 +18,28 @@ from .zoo import Entry
 every_cache = pytest.mark.parametrize("factory", LOSSY, ids=lambda factory: factory.name)
 
 
-def on(*names: str):
-    return pytest.mark.parametrize("entry", [BY_NAME[name] for name in names], ids=names)
+def on(
+    *names: str, attentions: tuple[str, ...] = (KVCOMPRESS,), mode: str = "greedy", factories: Any = LOSSY + EVICTING
+):
+    """Every cache on these models under these attentions, where it can do this way of generating."""
+    cases = [
+        pytest.param(factory, BY_NAME[name], attention_name, id=f"{factory.name}-{name}-{attention_name}")
+        for factory in factories
+        for name in names
+        for attention_name in attentions
+        if factory.runs_on(name) and factory.runs_under(attention_name, mode)
+    ]
+    return pytest.mark.parametrize("factory, entry, attention_name", cases)
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
-@every_cache
-@on("llama", "gemma3", "deepseek_v3", "whisper")
-def test_row_of_a_padded_batch_gives_the_logits_of_the_row_alone(factory: Factory, entry: Entry) -> None:
-    with attention(entry, KVCOMPRESS) as model:
+@on("llama", "gemma3", "deepseek_v3", "whisper", mode="left_padded")
+def test_row_of_a_padded_batch_gives_the_logits_of_the_row_alone(
+    factory: Factory, entry: Entry, attention_name: str
+) -> None:
+    with attention(entry, attention_name) as model:
         batch = MODES["left_padded"](entry, model, maker(entry, factory))
         alone = rows_alone(entry, model, maker(entry, factory))
     for row in range(len(PADDED_LENGTHS)):
@@ -71,9 +83,7 @@ def _without_padding(pairs, row: int, length: int, sizes: list[int]):
 # -- causality and independence ----------------------------------------------------------------------------------------
 
 
-@every_cache
-@on("llama", "gemma3")
-@pytest.mark.parametrize("attention_name", ["sdpa", KVCOMPRESS])
+@on("llama", "gemma3", attentions=("sdpa", KVCOMPRESS))
 def test_the_last_token_of_a_chunk_changes_no_earlier_logit(
     factory: Factory, entry: Entry, attention_name: str
 ) -> None:
@@ -91,9 +101,7 @@ def test_the_last_token_of_a_chunk_changes_no_earlier_logit(
     assert (logits[0] - logits[1]).abs().max().item() <= 1e-6
 
 
-@every_cache
-@on("llama", "gemma3")
-@pytest.mark.parametrize("attention_name", ["sdpa", KVCOMPRESS])
+@on("llama", "gemma3", attentions=("sdpa", KVCOMPRESS))
 def test_the_prompt_sees_itself_exactly(factory: Factory, entry: Entry, attention_name: str) -> None:
     text = text_ids(1, 60, seed=4)
     expected = entry.model(text, use_cache=False).logits
@@ -102,9 +110,7 @@ def test_the_prompt_sees_itself_exactly(factory: Factory, entry: Entry, attentio
     assert (logits - expected).abs().max().item() <= TOLERANCE
 
 
-@every_cache
-@on("llama", "gemma3")
-@pytest.mark.parametrize("attention_name", ["sdpa", KVCOMPRESS])
+@on("llama", "gemma3", attentions=("sdpa", KVCOMPRESS))
 def test_two_interleaved_caches_equal_two_separate_ones(factory: Factory, entry: Entry, attention_name: str) -> None:
     texts = text_ids(1, 50, seed=1), text_ids(1, 50, seed=2)
     parts = ((0, 31), (31, 40), (40, 41), (41, 42), (42, 50))
@@ -119,9 +125,15 @@ def test_two_interleaved_caches_equal_two_separate_ones(factory: Factory, entry:
                 assert torch.equal(model(text[:, a:b], past_key_values=cache).logits, expected[index])
 
 
-@pytest.mark.parametrize("factory", [f for f in LOSSY if not f.learns], ids=lambda factory: factory.name)
-@on("llama", "gemma3", "gemma2", "gpt_oss")
-def test_packed_pages_attend_like_their_decoded_tensors(factory: Factory, entry: Entry) -> None:
+@on(
+    "llama",
+    "gemma3",
+    "gemma2",
+    "gpt_oss",
+    attentions=("plain",),
+    factories=[f for f in LOSSY + EVICTING if not f.learns],
+)
+def test_packed_pages_attend_like_their_decoded_tensors(factory: Factory, entry: Entry, attention_name: str) -> None:
     """Our attention over packed pages, and the plain one over what they decode to."""
     text = text_ids(1, 60, seed=6)
     logits = []

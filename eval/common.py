@@ -1,0 +1,178 @@
+"""What the scripts on policies share: models, windows of text, prompts that are read once, tables and reports."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+import hf_kvcompress as kvc
+from hf_kvcompress.attention import kvcompress_attention
+from hf_kvcompress.environment import devices, versions
+from hf_kvcompress.integrations.demo_model import demo_model
+from hf_kvcompress.layer import CompressedLayer
+from hf_kvcompress.policies.registry import POLICIES
+from hf_kvcompress.scoring import read_text, standard_text
+from hf_kvcompress.scoring.oracle import AttentionCall, FutureAttention, OraclePolicy, watching
+
+ORACLE = "oracle"
+#: every policy that needs no file of weights, and the bounds around them
+SCORED = ("streaming", "h2o", "snapkv", "tova", "expected", "keydiff", "rkv")
+ALL = (ORACLE, *SCORED, "random")
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--model", help="name or folder; by default the model of the demo extra")
+    made.add_argument("--dtype", default="bfloat16", help="float32 is three times slower; bfloat16 costs a KL of .001")
+    made.add_argument("--policies", default=",".join(ALL), help="comma-separated")
+    made.add_argument("--learned", type=Path, help="weights of `kvcompress train-policy`, for the policy `learned`")
+    made.add_argument("--json", type=Path)
+    return made
+
+
+def load(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Model and tokenizer."""
+    source = args.model or str(demo_model(print))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, args.dtype)).eval().to(device)
+    return model, AutoTokenizer.from_pretrained(source)
+
+
+def names(args: argparse.Namespace) -> list[str]:
+    """The policies asked for, `learned` among them if there are weights."""
+    asked = [name for name in args.policies.split(",") if name]
+    for name in asked:
+        if name not in (ORACLE, *POLICIES):
+            raise SystemExit(f"policies: expected names among {', '.join((ORACLE, *POLICIES))}, got {name!r}")
+    return asked + ["learned"] * (args.learned is not None and "learned" not in asked)
+
+
+def policy_settings(name: str, future: FutureAttention | None, learned: Path | None = None) -> dict[str, Any]:
+    """`policy` and its options for a `CompressedCache`."""
+    if name == ORACLE:
+        assert future is not None
+        return {"policy": OraclePolicy(future)}
+    return {"policy": name, "policy_options": {"weights": str(learned)} if name == "learned" else {}}
+
+
+def windows(texts: Sequence[str], tokenizer: Any, number: int, length: int) -> list[tuple[str, int, torch.Tensor]]:
+    """`number` windows `[1, length]` of each text: its name, the window's number, the tokens.
+
+    They are spread evenly over the text and do not overlap; each begins with the tokenizer's special tokens.
+    """
+    found = []
+    prefix = tokenizer("")["input_ids"]
+    size = length - len(prefix)
+    for name in texts:
+        text = standard_text(name) if name in ("prose", "code") else read_text(name)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        pieces = len(ids) // size
+        if pieces < number:
+            raise SystemExit(f"windows: expected at most {pieces} of {size} tokens in {name}, got {number}")
+        for index in range(number):
+            start = index * (pieces - 1) // max(number - 1, 1) * size
+            found.append((Path(name).stem, index, torch.tensor([prefix + ids[start : start + size]])))
+    return found
+
+
+class Prompt:
+    """A prompt `[1, T]` that the model reads once; what its layers computed can then be shown to any number of caches.
+
+    Its last token is left to the caller: a cache from `into` has seen all the others, as if they had been prefilled
+    through it, and has evicted what it wanted to.
+    """
+
+    def __init__(self, model: Any, ids: torch.Tensor):
+        self.model, self.ids = model, ids.to(model.device)
+        self.calls: list[AttentionCall] = []
+        with torch.inference_mode(), watching(model, self.calls.append):
+            model.base_model(
+                input_ids=self.ids[:, :-1], past_key_values=DynamicCache(config=model.config), use_cache=True
+            )
+
+    @property
+    def last(self) -> torch.Tensor:
+        return self.ids[:, -1:]
+
+    @torch.inference_mode()
+    def into(self, cache: Any) -> Any:
+        """Put all but the last token into an empty cache; returns the cache."""
+        for call in self.calls:
+            keys, values = cache.update(call.key, call.value, call.layer)
+            layer = cache.layers[call.layer]
+            if not isinstance(layer, CompressedLayer):
+                continue
+            if layer.is_sliding and layer.config.sliding != "evict":  # its attention tells nobody anything
+                layer.observe_queries(call.query, call.scaling)
+                layer.commit()
+            else:
+                kvcompress_attention(
+                    call.module, call.query, keys, values, call.mask, scaling=call.scaling, **call.extras
+                )
+        return cache
+
+    @torch.inference_mode()
+    def future(self, passes: Iterable[Sequence[torch.Tensor]]) -> FutureAttention:
+        """Attention paid to the prompt by texts that follow it: each a row of passes `[1, q]`, the last token first."""
+        future = FutureAttention()
+        for following in passes:
+            cache = self.into(DynamicCache(config=self.model.config))
+            with watching(self.model, future):
+                for ids in (self.last, *following):
+                    self.model.base_model(input_ids=ids.to(self.ids.device), past_key_values=cache, use_cache=True)
+        return future
+
+
+def full_layers(config: Any) -> list[int]:
+    """Numbers of the layers that attend to everything."""
+    config = config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return [index for index, kind in enumerate(kinds) if kind == "full_attention"]
+
+
+def bytes_of(cache: Any, layers: Sequence[int]) -> int:
+    """Bytes of every tensor that some layers of a cache hold."""
+    if hasattr(cache, "commit"):
+        cache.commit()
+    return kvc.tensor_bytes([cache.layers[index] for index in layers])
+
+
+# -- tables --------------------------------------------------------------------------------------------------------
+
+
+def spread(numbers: Iterable[float], form: str = ".4f") -> str:
+    """Mean and standard deviation."""
+    own = list(numbers)
+    mean = format(statistics.fmean(own), form)
+    return f"{mean} ± {format(statistics.stdev(own), form)}" if len(own) > 1 else mean
+
+
+def perplexity(rows: Sequence[dict[str, Any]]) -> float:
+    """Of all rows' tokens together."""
+    return math.exp(statistics.fmean(row["nll"] for row in rows))
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """As Markdown."""
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+
+
+def write_report(args: argparse.Namespace, **parts: Any) -> None:
+    """Versions, devices, settings and results as JSON, where `--json` says."""
+    if not args.json:
+        return
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    report = {"versions": versions(), "devices": devices(), "settings": settings, **parts}
+    args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
