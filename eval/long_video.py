@@ -16,19 +16,27 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 import hf_kvcompress as kvc
 from hf_kvcompress.environment import devices, versions
+from hf_kvcompress.shapes import layer_shapes
 
 Inputs = dict[str, torch.Tensor]
 FLAT = 1.03  # the second half of a stream may hold this much more than the first
+WARM_UP = 8192  # tokens until which a codec may still add to its statistics
 GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 
 
@@ -101,6 +109,27 @@ def synthetic_frames(size: int, number: int, seed: int = 0) -> Iterator[torch.Te
         disc = (x - middle[0]) ** 2 + (y - middle[1]) ** 2 < radius**2
         frame[:, square], frame[:, disc] = red, blue
         yield frame
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is held after a number of frames; `plain` is what the same tokens take uncompressed."""
+
+    frames: int
+    seen: int
+    stored: int
+    cache: int
+    plain: int
+    resident: int
+    position: int
+
+    def sizes(self) -> list[tuple[int, int, int]]:
+        return [(self.cache, 10, 3), (self.plain, 10, 2), (self.resident, 12, 1)]
+
+
+def tokens_stored(cache: kvc.CompressedCache) -> int:
+    """Tokens of the layer that holds most."""
+    return max(layer.storage.tokens_stored()[0] for layer in cache.packed_layers() if layer.storage is not None)
 
 
 class TinyTurns:
@@ -193,46 +222,60 @@ def resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Feed the stream, ask, and check that the second half held no more memory than the first."""
+def load(options: argparse.Namespace) -> tuple[PreTrainedModel, TinyTurns | ProcessorTurns, int]:
+    """Model, what makes its turns, and the size of a frame."""
     if options.model is None:
-        model, size = tiny_model(), options.size or 64
-        turns: TinyTurns | ProcessorTurns = TinyTurns(model)
-    else:
-        model, size = AutoModelForImageTextToText.from_pretrained(options.model, dtype="auto"), options.size or 224
-        model = model.to(options.device).eval()
-        turns = ProcessorTurns(options.model, model.device)
+        model = tiny_model().to(options.device)
+        return model, TinyTurns(model), options.size or 64
+    model = AutoModelForImageTextToText.from_pretrained(options.model, dtype="auto").to(options.device).eval()
+    return model, ProcessorTurns(options.model, model.device), options.size or 224
+
+
+def growth(held: list[int], warm: int) -> float | None:
+    """Highest of the second half over the highest of the first, without the first `warm`; None for too few."""
+    middle = warm + (len(held) - warm) // 2
+    return max(held[middle:]) / max(held[warm:middle]) if middle > warm else None
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Feed the stream, check that memory is flat, ask. Raises RuntimeError if the cache grows."""
+    model, turns, size = load(options)
     if options.attention == "kvcompress":
         kvc.enable(model)
     else:
         model.set_attn_implementation(options.attention)
     opening, frames = turns.opening(), synthetic_frames(size, options.frames)
-    first = turns.frame(next(frames))
-    own = {"policy_options": {"tokens_per_frame": first["input_ids"].shape[1]}} if options.policy == "video" else {}
+    turn = turns.frame(next(frames))
+    length = turn["input_ids"].shape[1]
+    own = {"policy_options": {"tokens_per_frame": length}} if options.policy == "video" else {}
     settings = {"policy": options.policy, "budget": options.budget, "codec": options.codec, **own}
     cache = kvc.CompressedCache(model.config, pin=[(0, opening["input_ids"].shape[1])], **settings)
     stream = VideoStream(model, cache)
     stream.feed(opening)
-    stream.feed(first)
-    every = max(options.frames // 10, 1)
-    held, table = [cache.nbytes], []
-    print(f"{'frames':>8}{'tokens seen':>13}{'stored':>8}{'cache MB':>10}{'process MB':>12}{'position':>10}")
+    shapes, width = layer_shapes(model.config), model.dtype.itemsize
+    plain = sum(shape.heads * (shape.key_dim + shape.value_dim) for shape in shapes) * width  # bytes of a token
+    every, held, table = max(options.frames // 10, 1), [], []
+    print(f"{'frames':>8}{'seen':>9}{'stored':>8}{'cache MB':>10}{'plain MB':>10}{'process MB':>12}{'position':>10}")
     for number in range(1, options.frames + 1):
-        if number > 1:
-            stream.feed(turns.frame(next(frames)))
-            held.append(cache.nbytes)
+        stream.feed(turn)
+        held.append(cache.nbytes)
         if number % every == 0 or number == 1:
-            stored = max(layer.storage.tokens_stored()[0] for layer in cache.packed_layers() if layer.storage)
-            row = [number, cache.get_seq_length(), stored, held[-1], resident_bytes(), stream.next_position]
-            print("{:8}{:13}{:8}{:10.3f}{:12.1f}{:10}".format(*row[:3], row[3] / 2**20, row[4] / 2**20, row[5]))
-            table.append(dict(zip(("frames", "seen", "stored", "bytes", "resident", "position"), row, strict=True)))
-    full = options.frames - len(held) // 2
-    growth = max(held[-full:]) / max(held[:-full])
-    print(f"peak of the second half / peak of the first: {growth:.3f}")
-    if cache.get_seq_length() > 4 * options.budget and growth > FLAT:
-        raise RuntimeError(f"the cache grew by {growth - 1:.1%} in the second half of the stream")
-    print("question about the newest frame:", turns.answer(stream.ask(turns.question(), options.answer_tokens)))
-    return {"growth": growth, "tokens_per_turn": first["input_ids"].shape[1], "turns": table}
+            seen, stored = cache.get_seq_length(), tokens_stored(cache)
+            row = Row(number, seen, stored, held[-1], seen * plain, resident_bytes(), stream.next_position)
+            sizes = "".join(f"{size / 2**20:{room}.{digits}f}" for size, room, digits in row.sizes())
+            print(f"{number:8}{seen:9}{stored:8}{sizes}{row.position:10}", flush=True)
+            table.append(asdict(row))
+        if number < options.frames:
+            turn = turns.frame(next(frames))
+    ratio = growth(held, warm=max(2 * options.budget, WARM_UP) // length)
+    if ratio is None:
+        print("too few frames to tell whether memory is flat")
+    else:
+        print(f"after the warm-up, peak of the second half over peak of the first: {ratio:.3f}")
+        if ratio > FLAT:
+            raise RuntimeError(f"the cache grew by {ratio - 1:.1%} in the second half of the stream")
+    print("asked about the newest frame:", turns.answer(stream.ask(turns.question(), options.answer_tokens)))
+    return {"growth": ratio, "tokens_per_turn": length, "turns": table}
 
 
 def main() -> None:

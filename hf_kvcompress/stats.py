@@ -15,7 +15,11 @@ MB = 1024 * 1024
 
 @dataclass(frozen=True)
 class LayerStats:
-    """One layer: tokens seen are positions, padding included; other counts are summed over rows, bytes over tensors."""
+    """One layer: tokens seen are positions, padding included; other counts are summed over rows, bytes over tensors.
+
+    Where heads hold different tokens, counts are averages over heads. The ratio counts what is stored, so eviction does
+    not raise it: bytes do fall.
+    """
 
     layer: int
     kind: str
@@ -25,6 +29,8 @@ class LayerStats:
     tokens_seen: int
     tokens_stored: int
     tokens_sealed: int
+    tokens_evicted: int
+    tokens_demoted: int
     pages: int
     bytes_held: int
     bytes_used: int
@@ -34,18 +40,20 @@ class LayerStats:
     def of(cls, index: int, layer: Any) -> LayerStats:
         held = tensor_bytes(layer)
         if not isinstance(layer, CompressedLayer):
-            return cls(index, type(layer).__name__, "-", "-", 16.0, 0, 0, 0, 0, held, held, held)
+            return cls(index, type(layer).__name__, "-", "-", 16.0, 0, 0, 0, 0, 0, 0, held, held, held)
         kind = "full" if layer.sliding_window is None else f"sliding {layer.sliding_window}"
         settings = layer.config
         storage = layer.storage
         if storage is None:
-            return cls(index, kind, settings.keys, settings.values, 0.0, 0, 0, 0, 0, held, held, held)
+            return cls(index, kind, settings.keys, settings.values, 0.0, 0, 0, 0, 0, 0, 0, held, held, held)
         stored = storage.tokens_stored()
         sealed = sum(stored) - sum(storage.window.sinks) - sum(storage.window.recent)
+        demoted = storage.tail.pages.tokens_in_slabs() if storage.tail is not None else 0
+        evicted = 0 if storage.evictor is None else sum(storage.pages.counts) - sealed - demoted
         numbers = sum(storage.heads[role] * storage.dims[role] for role in ("key", "value"))
-        uncompressed = sum(stored) * numbers * storage.dtype.itemsize
+        uncompressed = (sum(stored) + demoted) * numbers * storage.dtype.itemsize
         packed = storage.pages.used_bytes()
-        other = held - tensor_bytes([storage.window.keys, storage.window.values, *storage.pages.tensors()])
+        other = held - tensor_bytes([*storage.window.parts, *storage.pages.tensors()])
         used = storage.window.used_bytes() + packed + other
         sealed_in_slabs = storage.pages.tokens_in_slabs()
         bits = packed * 8 / (sealed_in_slabs * numbers) if sealed_in_slabs else 0.0
@@ -58,6 +66,8 @@ class LayerStats:
             tokens_seen=layer.seen,
             tokens_stored=sum(stored),
             tokens_sealed=sealed,
+            tokens_evicted=evicted,
+            tokens_demoted=demoted,
             pages=sealed // storage.pages.page_size,
             bytes_held=held,
             bytes_used=used,
@@ -86,6 +96,8 @@ class CacheStats(Mapping[str, Any]):
             "compressed_pages": sum(layer.pages for layer in layers),
             "tokens_seen": max((layer.tokens_seen for layer in layers), default=0),
             "tokens_stored": tokens,
+            "tokens_evicted": max((layer.tokens_evicted for layer in packed), default=0),
+            "tokens_demoted": max((layer.tokens_demoted for layer in packed), default=0),
             "bits_per_layer": {layer.layer: round(layer.bits, 3) for layer in packed},
         }
 

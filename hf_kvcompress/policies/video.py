@@ -63,7 +63,9 @@ class VideoPolicy(Policy):
         last[:, :-1] = place[:, 1:] != place[:, :-1]
         end = torch.where(last, index, number).flip(1).cummin(dim=1).values.flip(1)  # where the place's newest is
         following, newest = order.roll(-1, dims=1), order.gather(1, end)
-        unsorted = [torch.empty_like(order).scatter_(1, order, other.masked_fill(last, -1)) for other in (following, newest)]
+        unsorted = [
+            torch.empty_like(order).scatter_(1, order, other.masked_fill(last, -1)) for other in (following, newest)
+        ]
         return [other.masked_fill(positions < 0, -1) for other in unsorted]
 
 
