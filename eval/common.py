@@ -20,7 +20,7 @@ from hf_kvcompress.integrations.demo_model import demo_model
 from hf_kvcompress.layer import CompressedLayer
 from hf_kvcompress.policies.registry import POLICIES
 from hf_kvcompress.scoring import read_text, standard_text
-from hf_kvcompress.scoring.oracle import AttentionCall, FutureAttention, OraclePolicy, watching
+from hf_kvcompress.scoring.oracle import AttentionCall, FutureAttention, OraclePolicy, future_attention, watching
 
 ORACLE = "oracle"
 #: every policy that needs no file of weights, and the bounds around them
@@ -120,15 +120,11 @@ class Prompt:
         return cache
 
     @torch.inference_mode()
-    def future(self, passes: Iterable[Sequence[torch.Tensor]]) -> FutureAttention:
-        """Attention paid to the prompt by texts that follow it: each a row of passes `[1, q]`, the last token first."""
-        future = FutureAttention()
-        for following in passes:
-            cache = self.into(DynamicCache(config=self.model.config))
-            with watching(self.model, future):
-                for ids in (self.last, *following):
-                    self.model.base_model(input_ids=ids.to(self.ids.device), past_key_values=cache, use_cache=True)
-        return future
+    def future(self, texts: Sequence[torch.Tensor], step: int = 32) -> FutureAttention:
+        """Attention that texts `[1, q]` which follow the prompt, each in a way of its own, pay to what comes before."""
+        cache = self.into(DynamicCache(config=self.model.config))
+        self.model.base_model(input_ids=self.last, past_key_values=cache, use_cache=True)
+        return future_attention(self.model, cache, texts, step)
 
 
 def full_layers(config: Any) -> list[int]:

@@ -65,6 +65,7 @@ class VideoStream:
     @torch.no_grad()
     def feed(self, inputs: Inputs, logits_to_keep: int = 1) -> torch.Tensor:
         """Run a turn through the model; returns the logits of its last tokens `[1, n, vocabulary]`."""
+        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
         at = self.place(inputs)
         out = self.model(position_ids=at, past_key_values=self.cache, logits_to_keep=logits_to_keep, **inputs)
         return out.logits
@@ -72,7 +73,7 @@ class VideoStream:
     @torch.no_grad()
     def ask(self, input_ids: torch.Tensor, max_new_tokens: int = 16) -> torch.Tensor:
         """Put a question in text; returns the tokens of the answer, which the conversation then holds as well."""
-        seen = self.cache.get_seq_length()
+        seen, input_ids = self.cache.get_seq_length(), input_ids.to(self.model.device)
         # `generate` leaves out as many tokens as the cache has seen, and never looks at them.
         ids = torch.cat([input_ids.new_zeros(1, seen), input_ids], dim=1)
         self.model.model.rope_deltas = torch.tensor([[self.next_position - seen]], device=ids.device)
@@ -169,14 +170,14 @@ class TinyTurns:
 class ProcessorTurns:
     """Turns of a real model, by its processor: one long message of the user that holds all frames."""
 
-    def __init__(self, source: str, device: torch.device):
-        self.processor, self.device = AutoProcessor.from_pretrained(source), device
+    def __init__(self, source: str):
+        self.processor = AutoProcessor.from_pretrained(source)
 
     def _turn(self, text: str, **images: Any) -> Inputs:
         made = self.processor(text=[text], return_tensors="pt", **images)
         kinds = made.get("mm_token_type_ids", torch.zeros_like(made["input_ids"]))
         inputs = {name: made[name] for name in ("input_ids", "pixel_values", "image_grid_thw") if name in made}
-        return {name: tensor.to(self.device) for name, tensor in {**inputs, "mm_token_type_ids": kinds}.items()}
+        return {**inputs, "mm_token_type_ids": kinds}
 
     def opening(self) -> Inputs:
         return self._turn("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n")
@@ -228,7 +229,7 @@ def load(options: argparse.Namespace) -> tuple[PreTrainedModel, TinyTurns | Proc
         model = tiny_model().to(options.device)
         return model, TinyTurns(model), options.size or 64
     model = AutoModelForImageTextToText.from_pretrained(options.model, dtype="auto").to(options.device).eval()
-    return model, ProcessorTurns(options.model, model.device), options.size or 224
+    return model, ProcessorTurns(options.model), options.size or 224
 
 
 def growth(held: list[int], warm: int) -> float | None:

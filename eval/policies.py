@@ -87,7 +87,8 @@ def entrants(args: argparse.Namespace, config: Any, future: Any) -> Iterator[tup
                 yield name, scope, part, maker({**own, **budgets(config, scope, part, args.page_size)})
     if args.named:
         for name, named in NAMED.items():
-            yield name, "named", args.named, lambda named=named: named(config, args.named, args.prompt_tokens)
+            part = 0.5 if "H2O" in name else args.named  # its two ratios say how much it keeps
+            yield name, "named", part, lambda named=named, part=part: named(config, part, args.prompt_tokens)
         for name, varied in VARIED.items():
             yield name, "varied", args.named, maker({**varied, **budgets(config, "full", args.named, args.page_size)})
 
@@ -97,8 +98,7 @@ def measure(model: Any, ids: torch.Tensor, args: argparse.Namespace) -> list[dic
     ids = ids.to(model.device)
     prompt = common.Prompt(model, ids[:, : args.prompt_tokens])
     following = ids[:, args.prompt_tokens - 1 :]
-    chunks = following[:, 1:-1].split(STEP, dim=1)
-    future = prompt.future([chunks]) if common.ORACLE in common.names(args) else None
+    future = prompt.future([following[:, 1:-1]], STEP) if common.ORACLE in common.names(args) else None
     full = common.full_layers(model.config)
 
     def run(make: Callable[[], Any], base: Score | None = None) -> Score:
@@ -136,7 +136,7 @@ def summary(rows: list[dict[str, Any]], scope: str) -> str:
     }
     lines = []
     for part in sorted({row["part"] for row in chosen}, reverse=True):
-        for name in dict.fromkeys(row["policy"] for row in chosen):
+        for name in dict.fromkeys(row["policy"] for row in chosen if row["part"] == part):
             own = [row for row in chosen if row["policy"] == name and row["part"] == part]
             against = [(row["kl"], random.get((part, row["text"], row["window"]))) for row in own]
             better = sum(kl < bound for kl, bound in against if bound is not None)
@@ -149,7 +149,7 @@ def summary(rows: list[dict[str, Any]], scope: str) -> str:
                     common.spread(row["kl"] for row in own),
                     common.spread((row["top1"] for row in own), ".3f"),
                     f"{better}/{known}" if known and name != "random" and part < 1 else "",
-                    f"{sum(row['bytes_part'] for row in own) / len(own):.3f}",
+                    "" if name == common.ORACLE else f"{sum(row['bytes_part'] for row in own) / len(own):.3f}",
                 )
             )
     header = ("kept", "policy", "PPL", "KL", "top-1", "windows better than Random", "bytes, full layers")

@@ -6,11 +6,9 @@ import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-
-from .pages import PageStore
 
 
 @dataclass(frozen=True)
@@ -20,6 +18,12 @@ class ReconstructionError:
     cosine: float
     relative_l2: float
     vectors: int
+
+
+class Store(Protocol):
+    """What holds sealed tokens."""
+
+    def read_row(self, row: int, start: int, end: int) -> tuple[torch.Tensor, ...]: ...
 
 
 class Monitor:
@@ -44,18 +48,15 @@ class Monitor:
             self.non_finite[layer] = self.non_finite.get(layer, 0) + bad
 
     def measure(
-        self, layer: int, store: PageStore, rows: Sequence[int], start: int, keys: torch.Tensor, values: torch.Tensor
+        self, layer: int, store: Store, rows: Sequence[int], start: int, keys: torch.Tensor, values: torch.Tensor
     ) -> None:
         """Compare tokens just sealed from token number `start` on, `[len(rows), H, T, D]`, with what is stored."""
-        step = max(keys.shape[2] // self.sample, 1)
-        for slab, tokens in store.runs():
-            low, high = max(start, slab.start), min(start + keys.shape[2], slab.start + tokens)
-            if low >= high:
-                continue
-            picked = torch.arange(low, high, step, device=keys.device)
-            for role, exact in (("key", keys), ("value", values)):
-                decoded = store.decode(role, slab, tokens)[list(rows)][:, :, picked - slab.start]
-                self._add(layer, role, exact[:, :, picked - start].float(), decoded)
+        tokens = keys.shape[2]
+        picked = torch.arange(0, tokens, max(tokens // self.sample, 1), device=keys.device)
+        for number, row in enumerate(rows):
+            held = store.read_row(row, start, start + tokens)
+            for role, exact, decoded in zip(("key", "value"), (keys, values), held, strict=False):
+                self._add(layer, role, exact[number : number + 1, :, picked].float(), decoded[:, :, picked])
 
     def _add(self, layer: int, role: str, exact: torch.Tensor, decoded: torch.Tensor) -> None:
         fine = exact.isfinite().all(-1) & (exact.norm(dim=-1) > 0)

@@ -48,7 +48,7 @@ class LayerStats:
             return cls(index, kind, settings.keys, settings.values, 0.0, 0, 0, 0, 0, 0, 0, held, held, held)
         stored = storage.tokens_stored()
         sealed = sum(stored) - sum(storage.window.sinks) - sum(storage.window.recent)
-        demoted = storage.tail.pages.tokens_in_slabs() if storage.tail is not None else 0
+        demoted = storage.tail.tokens_held() if storage.tail is not None else 0
         evicted = 0 if storage.evictor is None else sum(storage.pages.counts) - sealed - demoted
         numbers = sum(storage.heads[role] * storage.dims[role] for role in ("key", "value"))
         uncompressed = (sum(stored) + demoted) * numbers * storage.dtype.itemsize

@@ -188,8 +188,8 @@ class LayerStorage:
             own_mass = mass[0][:, :, :number, 0] if mass else None
             room = min(self.evictor.room(self.seen_by(row), pages.most_held(row)) for row in rows)
             pages.seal(rows, keys, values, number, torch.stack(at), own_mass, room, *queries)
-            return
-        pages.seal(rows, keys, values, number, *queries)
+        else:
+            pages.seal(rows, keys, values, number, *queries)
         if self.monitor is not None:
             self.monitor.measure(self.index, pages, rows, before, keys[:, :, :number], values[:, :, :number])
 

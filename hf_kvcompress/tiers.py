@@ -239,6 +239,10 @@ class Tail:
         """Make row i what row `rows[i]` was."""
         self.pages.map_rows(rows)
 
+    def tokens_held(self) -> int:
+        """Tokens of all rows, on average over heads; empty places do not count."""
+        return sum(int((block.positions >= 0).sum()) for block in self.pages.blocks) // self.heads
+
     def tensors(self) -> Iterator[torch.Tensor]:
         yield from self.pages.tensors()
 

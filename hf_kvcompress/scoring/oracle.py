@@ -6,8 +6,9 @@ The text is read once through an uncompressed cache and each token's attention f
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -146,19 +147,22 @@ def _weights(call: AttentionCall) -> torch.Tensor:
 
 @torch.inference_mode()
 def future_attention(
-    model: PreTrainedModel, input_ids: torch.Tensor, prompt_length: int, step: int = 32
+    model: PreTrainedModel, cache: DynamicCache, texts: Sequence[torch.Tensor], step: int = 32
 ) -> FutureAttention:
-    """What the tokens of a text `[1, T]` receive from those after its prompt, read in steps as `score` reads them."""
-    if input_ids.ndim != 2 or input_ids.shape[0] != 1 or not 0 < prompt_length < input_ids.shape[1]:
-        raise ValueError(
-            f"input_ids: expected one row that is longer than the prompt's {prompt_length} tokens, got "
-            f"{tuple(input_ids.shape)}"
-        )
-    future, cache = FutureAttention(), DynamicCache(config=model.config)
-    model.base_model(input_ids=input_ids[:, :prompt_length], past_key_values=cache, use_cache=True)
+    """What the tokens in an uncompressed cache, and those that follow, receive from texts that may come next.
+
+    Args:
+        cache: of one row; it stays as it is.
+        texts: `[1, q]` each, read on a copy of the cache in passes of `step` tokens.
+    """
+    if not texts or any(text.ndim != 2 or text.shape[0] != 1 for text in texts):
+        raise ValueError(f"texts: expected [1, q] tensors, got {[tuple(text.shape) for text in texts]}")
+    future = FutureAttention()
     with watching(model, future):
-        for chunk in input_ids[:, prompt_length:].split(step, dim=1):
-            model.base_model(input_ids=chunk, past_key_values=cache, use_cache=True)
+        for text in texts:
+            own = copy.deepcopy(cache)
+            for chunk in text.to(model.device).split(step, dim=1):
+                model.base_model(input_ids=chunk, past_key_values=own, use_cache=True)
     return future
 
 

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 import hf_kvcompress as kvc
 
-from ..conformance.factories import EVICTING_FEW, KVCOMPRESS, SINGLE_ROW, SMALL, TIGHT, Factory
+from ..conformance.factories import EVICTING_FEW, KVCOMPRESS, SMALL, TIGHT, Factory
 from ..conformance.generation import MODES, NEW_TOKENS, generate
 from ..conformance.helpers import BY_NAME, TOLERANCE, assert_same, attention, maker
 from ..conformance.prompts import text_ids
@@ -54,11 +54,9 @@ def test_valid_output_within_the_budget(factory: Factory, mode: str, attention_n
 
 
 @pytest.mark.parametrize("factory", [f for f in EVICTING_FEW if f.runs_under("sdpa")], ids=lambda factory: factory.name)
-@pytest.mark.parametrize("mode", SINGLE_ROW)
+@pytest.mark.parametrize("mode", ["prompt_lookup", "assistant", "prefill_chunks", "second_turn", "chunk_loop"])
 def test_a_single_row_under_sdpa_is_as_under_ours(factory: Factory, mode: str) -> None:
     """Policies that want no queries; with a codec that goes through the same numbers either way."""
-    if mode == "sampling":
-        return
     outcomes = []
     for name in ("sdpa", KVCOMPRESS):
         with attention(LLAMA, name) as model:
@@ -115,7 +113,7 @@ def test_a_pyramid_is_asked_several_tokens_at_once() -> None:
         counts = [layer.counts for layer in held(cache)]
         assert counts[0][0] > counts[1][0] > counts[2][0]
         assert model(text_ids(1, 15, seed=3), past_key_values=cache).logits.isfinite().all()
-        assert model(text_ids(1, 1, seed=4), past_key_values=cache).logits.isfinite().all()
+        assert model(text_ids(1, 3, seed=4)[:, :1], past_key_values=cache).logits.isfinite().all()
 
 
 def test_caches_of_other_kinds_beside_one_that_evicts() -> None:
@@ -172,7 +170,7 @@ def test_policies_that_want_no_queries_evict_under_a_plain_attention(policy: str
     cache, text = kvc.CompressedCache(LLAMA.model.config, codec="identity", policy=policy, budget=40, **SMALL), []
     other = kvc.CompressedCache(LLAMA.model.config, codec="identity", policy=policy, budget=40, **SMALL)
     for size in (50, 1, 1, 20, 1, 30, 1):
-        ids = text_ids(1, size, seed=len(text))
+        ids = text_ids(1, 50, seed=len(text))[:, :size]
         with attention(LLAMA, attention_name) as model:
             text.append(model(ids, past_key_values=cache).logits)
         with attention(LLAMA, KVCOMPRESS) as model:
