@@ -170,5 +170,3 @@ def write_report(args: argparse.Namespace, **parts: Any) -> None:
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     report = {"versions": versions(), "devices": devices(), "settings": settings, **parts}
     args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-

@@ -3,7 +3,7 @@
     python eval/policy_tasks.py --on recall --seeds 24 --json results/tasks.json
     python eval/policy_tasks.py --on text --policies oracle,streaming,h2o,snapkv,random
 
-A context is read in one go and compressed; only then come the questions. A task is admitted where the full cache answers
+A context is read in one go and compressed; only then come the questions. A task counts where the full cache answers
 at least 90 % of them. All policies have the same protections, so only the score differs.
 """
 
@@ -235,7 +235,11 @@ def print_passkeys(rows: list[dict[str, Any]]) -> None:
     for kept, name in kinds:
         own = {r["depth"]: r["found"] for r in rows if (r["kept"], r["cache"], r["table"]) == (kept, name, "passkey")}
         two = [r for r in rows if (r["kept"], r["cache"], r["table"]) == (kept, name, "two questions")]
-        marks = ["".join("x" if own[depth] else "." for depth in DEPTHS), f"{sum(own.values())}/{len(own)}"] if own else ["", ""]
+        marks = (
+            ["".join("x" if own[depth] else "." for depth in DEPTHS), f"{sum(own.values())}/{len(own)}"]
+            if own
+            else ["", ""]
+        )
         both = [f"{sum(r[which] for r in two)}/{len(two)}" for which in ("first", "second")] if two else ["", ""]
         lines.append((f"{kept:.0%}", name, *marks, *both))
     print(common.table(("kept", "policy", "depth .1 to .9", "found", "first question", "second"), lines))

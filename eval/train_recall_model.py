@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python eval/train_recall_model.py --out recall_data
 
-One CPU core does it in about 40 minutes. The sequences grow from 64 to 640 tokens: lookups form on the short ones,
+A shared CPU core does it in about 40 minutes. The sequences grow from 64 to 640 tokens: lookups form on the short ones,
 where almost every token is a question or an answer. The loss is on answers, and lightly on filler.
 """
 

@@ -28,6 +28,7 @@ from .strategies import (
     StreamingLLMCache,
     TOVACache,
     TurboQuantCache,
+    VideoCache,
 )
 from .tuning import tune
 
@@ -60,6 +61,7 @@ __all__ = [
     "StreamingLLMCache",
     "TOVACache",
     "TurboQuantCache",
+    "VideoCache",
     "codec_names",
     "disable",
     "enable",

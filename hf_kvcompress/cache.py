@@ -64,8 +64,8 @@ class CompressedCache(DynamicCache):
         layers: settings of single layers, `{5: {"codec": "int8"}}`.
         layer_budget: how the layers that evict share the budget: "uniform", "pyramid" or one weight each.
         monitor: measure `reconstruction_error` on sampled pages and name layers with NaN or infinity.
-        settings: the fields of `LayerConfig` (page_size, group_size, residual_length, sink_length, sliding) and, to keep
-            only some tokens, those of `EvictionConfig` (policy, budget, max_tokens, recent, pin, demote_to ...).
+        settings: the fields of `LayerConfig` (page_size, group_size, residual_length, sink_length, sliding) and, to
+            keep only some tokens, those of `EvictionConfig` (policy, budget, max_tokens, recent, pin, demote_to ...).
 
     Raises:
         ValueError: naming the argument, what was expected and what came.

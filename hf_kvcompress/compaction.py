@@ -58,7 +58,7 @@ Line = tuple[int, int, int]  # lane, epoch, tokens
 def _lay_out(
     pages: LanePages, rows: Sequence[int], table: torch.Tensor, keep: torch.Tensor
 ) -> tuple[list[Line], torch.Tensor, torch.Tensor] | None:
-    """Lines for the tokens to keep, their numbers `[lines, capacity]` (-1 for none), and the order they are taken in."""
+    """Lines for the tokens to keep, their numbers `[lines, capacity]` (-1 for none), and the order they come in."""
     kept = table[keep]
     if len(kept) == 0:
         return None

@@ -17,6 +17,7 @@ from .observers import QueryWindow
 from .pages import PageStore
 from .policies.base import Candidates
 from .selection import highest
+from .tables import Tables
 from .tiers import Tail
 from .window import ExactWindow
 
@@ -95,7 +96,8 @@ class Evictor:
         """Sealed tokens that a lane may hold, so that with sinks and a full window it stays within the budget."""
         tokens, page = self.tokens(seen), self.config.tokens_per_page
         if self.sliding_window is not None:  # older ones are seen no more
-            tokens = min(tokens or self.sliding_window, self.sliding_window) + page
+            visible = self.sliding_window + page
+            tokens = visible if tokens is None else min(tokens, visible)
         exact = self.config.residual_length + page - 1 + (self.config.sink_length if self.sliding_window is None else 0)
         return None if tokens is None else max(tokens - exact, 0)
 
@@ -131,7 +133,7 @@ class Evictor:
     def _round(self, storage: Holder, pages: LanePages, rows: list[int], target: int) -> None:
         own = pages.table(rows)
         back = storage.tail.candidates(rows) if storage.tail is not None else own[:, :0]
-        tables = _Tables(pages, storage.tail, own, back)
+        tables = Tables(pages, storage.tail, own, back)
         first = self._by_lane([storage.first_position(row) for row in rows], tables.positions.device)
 
         def context() -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,7 +154,7 @@ class Evictor:
             layer=self.index,
         )
         order = self._order(storage, rows, self._scores(candidates), tables.positions, target)
-        keep = self._highest(tables.without_rash_returns(order), len(rows), target) & candidates.present
+        keep = self._highest(tables.without_rash_returns(order), len(rows), target) & (order > GONE * _LEVEL / 2)
         rewrite = merged_values(candidates, keep) if self.settings.merge else None
         if storage.tail is None:
             compact(pages, rows, own, keep.cpu(), rewrite)
@@ -161,7 +163,7 @@ class Evictor:
         self.evicted = True
 
     def _move(
-        self, pages: LanePages, tail: Tail, rows: list[int], tables: _Tables, order: torch.Tensor, keep: torch.Tensor
+        self, pages: LanePages, tail: Tail, rows: list[int], tables: Tables, order: torch.Tensor, keep: torch.Tensor
     ) -> None:
         """What loses its place in the first tier goes to the tail, what wins one comes back, the rest is dropped."""
         stays = ~keep & (order > GONE * _LEVEL / 2) & (tables.positions >= 0)
@@ -279,43 +281,3 @@ def _with_arrivals(now: torch.Tensor, before: torch.Tensor, kept: torch.Tensor) 
     """A store's table now, and which tokens in it stay: those in `kept`, and those that were not there `before`."""
     gone = before[(before >= 0) & (kept < 0)]
     return now, (now >= 0) & ~torch.isin(now, gone)
-
-
-class _Tables:
-    """The candidates of both tiers in the order of positions: columns of `own` are of the first, of `back` of the tail.
-
-    Both are `[L, N]` on the host, -1 where the other tier has the token.
-    """
-
-    def __init__(self, pages: LanePages, tail: Tail | None, own: torch.Tensor, back: torch.Tensor):
-        self.pages, self.tail = pages, tail
-        at = pages.look_up("positions", own, -1).long()
-        self.own, self.back, self.positions = own, back, at
-        if tail is None:
-            return
-        at = torch.cat([at, tail.pages.look_up("positions", back, -1).long().to(at.device)], dim=1)
-        far = torch.iinfo(torch.long).max
-        order = torch.where(at < 0, far, at).argsort(dim=1)
-        nothing = torch.full_like(back, -1), torch.full_like(own, -1)
-        self.own = torch.cat([own, nothing[0]], dim=1).gather(1, order.cpu())
-        self.back = torch.cat([nothing[1], back], dim=1).gather(1, order.cpu())
-        self.positions = at.gather(1, order)
-
-    def decode(self, role: str) -> torch.Tensor:
-        first = self.pages.decode(role, self.own)
-        return first if self.tail is None else first + self.tail.pages.decode(role, self.back).to(first.device)
-
-    def masses(self) -> torch.Tensor:
-        first = self.pages.look_up("mass", self.own, 0.0)
-        if self.tail is None:
-            return first
-        return first + self.tail.pages.look_up("mass", self.back, 0.0).to(first.device)
-
-    def without_rash_returns(self, order: torch.Tensor) -> torch.Tensor:
-        """Let no more than a page of each lane's best tokens come back at a time: each move packs a token anew."""
-        if self.tail is None or self.back.shape[1] == 0:
-            return order
-        away = (self.back >= 0).to(order.device)
-        best = order.masked_fill(~away, -math.inf).topk(min(self.pages.page_size, order.shape[1]), dim=1).indices
-        allowed = torch.zeros_like(away).scatter_(1, best, True)
-        return order.masked_fill(away & ~allowed, -math.inf)

@@ -68,7 +68,7 @@ def prompt_mass(
     kept: Sequence[torch.Tensor] | None,
     draft: bool = False,
 ) -> torch.Tensor:
-    """Mass `[B, H, q]` float32 that the tokens of a first pass receive from its own queries, with `draft` by their slots.
+    """Mass `[B, H, q]` float32 that a first pass's tokens receive from its own queries, with `draft` by their slots.
 
     query: `[B, Hq, q, D]`, keys: `[B, H, q, D]`. The attention itself runs in one fused call that keeps no weights, so
     scores are computed a second time, a block of queries against the keys before them.

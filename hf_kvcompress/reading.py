@@ -36,7 +36,7 @@ class PageRun:
 
 
 def page_runs(storage: LayerStorage, queries: torch.Tensor) -> Iterator[PageRun]:
-    """The sealed pages, slab by slab or block by block; of a host tier those that `queries` `[B, H, M, D]` want most."""
+    """The sealed pages, slab by slab or block by block; of a host tier those that `queries` `[B, H, M, D]` favour."""
     if isinstance(storage.pages, LanePages):
         yield from (_lane_run(storage.pages, block, "packed") for block in storage.pages.blocks)
         tail = storage.tail

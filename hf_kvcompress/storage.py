@@ -97,7 +97,7 @@ class LayerStorage:
         record: bool,
         observed: Observation | None = None,
     ) -> None:
-        """Append a chunk `[B, H, q, D]` that stands at `start`, of each row only the tokens at `kept[row]`; seal, evict.
+        """Append a chunk `[B, H, q, D]` that stands at `start`, of each row what is at `kept[row]`; seal, evict.
 
         With `record` a sliding layer gives nothing back, so that the chunk can be cropped again. `observed` is the
         attention that tokens received in this pass.

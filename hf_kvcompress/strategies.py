@@ -298,3 +298,24 @@ class LearnedCache(CompressedCache):
         for index, layer in self._budgets.items():
             if layer.eviction is not None and layer.eviction.make_policy().name == LearnedPolicy.name:
                 opened.check(index, shapes[index].heads, shapes[index].key_dim, shapes[index].value_dim)
+
+
+class VideoCache(CompressedCache):
+    """Patches that no newer frame repeats, for streams (after InfiniPot-V, arXiv 2506.15745); any attention will do.
+
+    Args:
+        tokens_per_frame: tokens from one frame's beginning to the next one's, text between them included.
+        budget: tokens, part of those seen or bytes that stay.
+        value_weight: of the values' norms against novelty.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig | None = None,
+        tokens_per_frame: int | None = None,
+        budget: int | float | str = 1024,
+        value_weight: float = 0.25,
+        **settings: Any,
+    ):
+        options = {"tokens_per_frame": tokens_per_frame, "value_weight": value_weight}
+        super().__init__(config, **{"policy": "video", "policy_options": options, "budget": budget, **settings})

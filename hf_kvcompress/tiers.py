@@ -2,7 +2,7 @@
 
 The tail of a layer is a second store of lanes. With a codec of its own its tokens are attended to like all others, in
 fewer bits. In host memory they keep their codes; every page there leaves the least and the largest number of each key
-channel behind, from which follows a bound on any query's score (Quest, arXiv 2406.10774), and a pass reads the few pages
+channel behind, from which follows a bound on any query's score (Quest, arXiv 2406.10774), and a pass reads the pages
 whose bound is highest. Pages that were read compete for a place in the first tier when the layer next evicts.
 """
 
@@ -104,7 +104,7 @@ class Tail:
     # -- moving tokens -------------------------------------------------------------------------------------------------
 
     def candidates(self, rows: Sequence[int]) -> torch.Tensor:
-        """Numbers of the tokens that may come back, `[L, N]`: in host memory those of pages read since the last time."""
+        """Numbers of the tokens that may come back, `[L, N]`: in host memory those of pages read since last time."""
         table = self.pages.table(rows)
         if not self.host:
             return table
@@ -155,7 +155,7 @@ class Tail:
                 self.pages.holes = True
 
     def settle(self, rows: Sequence[int], table: torch.Tensor, keep: torch.Tensor) -> None:
-        """Of the rows' tokens in `table` keep those where `keep` is true; a host tier only joins its blocks now and then."""
+        """Of the rows' tokens in `table` keep those where `keep` is true; a host tier joins its blocks now and then."""
         if not self.host:
             compact(self.pages, rows, table, keep)
             return

@@ -21,6 +21,7 @@ LAYERS = [
     {"reading", "masks", "handles", "mass"},
     {"storage"},
     {"eviction", "observation"},
+    {"tables"},
     {"merging", "tiers"},
     {"compaction"},
     {"pages", "lanes", "blocks", "lane_statistics", "positions", "window", "observers", "queries", "monitor", "planner", "plans", "footprint", "shapes"},

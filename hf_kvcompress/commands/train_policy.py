@@ -30,7 +30,7 @@ def train_policy(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens that the model reads.")] = 131072,
     length: Annotated[int, typer.Option(min=512, help="Tokens of one passage.")] = 2560,
     hidden: Annotated[int, typer.Option(min=1, help="Width of the network.")] = 48,
-    epochs: Annotated[int, typer.Option(min=1, help="Times that each passage is learned from.")] = 8,
+    epochs: Annotated[int, typer.Option(min=1, help="Times that each passage is learned from.")] = 5,
     sliding: Annotated[bool, typer.Option(help="Train the layers with a sliding window as well.")] = False,
     seed: Annotated[int, typer.Option(help="Of first weights, order and noise.")] = 0,
 ) -> None:

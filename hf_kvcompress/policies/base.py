@@ -2,7 +2,7 @@
 
 A policy sees lanes, one a row and key-value head, and never positions' padding, pages or transformers.
 
-    L lanes (B * Hkv), N candidates of the fullest lane, D head size, M observer queries of a lane (query group * queries)
+    L lanes (B * Hkv), N candidates of the fullest lane, D head size, M observer queries of a lane (group * queries)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Capture = Literal["none", "mass", "window"]
 
 @dataclass(frozen=True)
 class Observers:
-    """The newest queries of each lane `[L, M, D]`, as the model scales them, and where they stand `[L, M]` (-1: none)."""
+    """The newest queries of each lane `[L, M, D]`, as the model scales them, and their positions `[L, M]` (-1: none)."""
 
     queries: torch.Tensor
     positions: torch.Tensor
@@ -84,8 +84,14 @@ class Candidates:
         weights = scores.masked_fill_(hidden, float("-inf")).softmax(-1)
         return torch.nan_to_num(weights)[..., : self.keys.shape[1]]
 
+    def mean_attention(self) -> torch.Tensor:
+        """`attention` averaged over the observers that there are, `[L, N]`."""
+        assert self.observers is not None
+        count = (self.observers.positions >= 0).sum(1, keepdim=True).clamp(min=1)
+        return self.attention().sum(1) / count
+
     def smooth(self, scores: torch.Tensor, size: int) -> torch.Tensor:
-        """Scores `[L, N]` averaged over each candidate's `size` neighbours, itself in the middle, as far as they exist."""
+        """Scores `[L, N]` averaged over each candidate's `size` neighbours, itself in the middle, where they exist."""
         kernel = (size, 1, size // 2)
         sums = avg_pool1d((scores * self.present)[:, None], *kernel)[:, 0]
         return sums / avg_pool1d(self.present.to(scores.dtype)[:, None], *kernel)[:, 0].clamp(min=1 / size)

@@ -1,4 +1,4 @@
-"""Expected Attention (arXiv 2510.00636): attention that coming queries are likely to pay, from the past ones' moments."""
+"""Expected Attention (arXiv 2510.00636): attention that coming queries are likely to pay, judged by the past ones."""
 
 from __future__ import annotations
 

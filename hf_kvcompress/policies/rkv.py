@@ -31,7 +31,7 @@ class RKVPolicy(Policy):
 
     def score(self, candidates: Candidates) -> torch.Tensor:
         """Both terms sum to about one over a lane."""
-        attention = candidates.smooth(candidates.attention().mean(1), self.kernel_size)
+        attention = candidates.smooth(candidates.mean_attention(), self.kernel_size)
         keys = normalize(candidates.keys, dim=-1)
         total = keys.sum(1)  # absent candidates are zeros
         count = candidates.present.sum(1, keepdim=True).clamp(min=2)

@@ -90,6 +90,8 @@ class EvictionConfig:
         for start, end in self.pin:
             if not 0 <= start < end:
                 raise _refuse("pin", "ranges (start, end) with 0 <= start < end", (start, end))
+        if self.merge and self.demote_to is not None:
+            raise _refuse("merge", "False beside demote_to, which loses no token to be merged", self.merge)
         if self.demote_budget is not None and self.demote_budget < 1:
             raise _refuse("demote_budget", "a whole number of at least 1, or None", self.demote_budget)
 

@@ -10,7 +10,7 @@ from .base import Candidates, Policy
 class SnapKVPolicy(Policy):
     """Mean attention of the newest queries, pooled over neighbouring tokens.
 
-    It knows the question only if that came before the compression: a second, different question may find its tokens gone.
+    It knows the question only if that came before the compression: a second one may find its tokens gone.
 
     Args:
         window_size: queries that are asked.
@@ -27,4 +27,4 @@ class SnapKVPolicy(Policy):
 
     def score(self, candidates: Candidates) -> torch.Tensor:
         """Attention averaged over queries and query group, then over `kernel_size` tokens."""
-        return candidates.smooth(candidates.attention().mean(1), self.kernel_size)
+        return candidates.smooth(candidates.mean_attention(), self.kernel_size)

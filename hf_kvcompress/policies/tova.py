@@ -17,6 +17,5 @@ class TOVAPolicy(Policy):
 
     def score(self, candidates: Candidates) -> torch.Tensor:
         """One score a row, repeated for its heads."""
-        mean = candidates.attention().mean(1)
-        rows = mean.unflatten(0, (-1, candidates.heads))
+        rows = candidates.mean_attention().unflatten(0, (-1, candidates.heads))
         return rows.mean(1, keepdim=True).expand_as(rows).flatten(0, 1)

@@ -87,7 +87,7 @@ def watching(model: PreTrainedModel, watcher: Watcher) -> Iterator[None]:
 class FutureAttention:
     """Attention mass that the tokens of one text received, by layer and by the pass whose queries paid it.
 
-    It is a watcher: `with watching(model, future): ...` notes every pass made through an uncompressed cache, of one row.
+    It is a watcher: `with watching(model, future): ...` notes every pass through an uncompressed cache of one row.
     Passes may also be questions that were asked on copies of a cache; their masses add up.
     """
 

@@ -21,6 +21,7 @@ SINKS, RECENT = 4, 32  # tokens at a passage's beginning and before a cut that a
 HELD_OUT = 8  # every so many passages one is held out
 LISTS = 4  # of one step
 NOISE = 0.1  # added to standardised features: keys and values will be quantized
+LEVEL = 0.1  # weight of the squared error, beside the cross entropy of the shares
 OnProgress = Callable[[str, int, int], None]
 
 
@@ -68,10 +69,10 @@ def train_policy(
     *,
     teacher: Teacher = "both",
     target: Target = "error",
-    tokens: int = 65536,
+    tokens: int = 131072,
     length: int = 2560,
     hidden: int = 48,
-    epochs: int = 8,
+    epochs: int = 5,
     sliding: bool = False,
     seed: int = 0,
     on_progress: OnProgress | None = None,
@@ -234,12 +235,12 @@ def _moments(lists: Sequence[_List]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _loss(network: Network, one: _List, mean: torch.Tensor, scale: torch.Tensor, drawn: Any) -> torch.Tensor:
-    """Squared error of the logarithms, so that heads compare, and cross entropy of the shares: the best count most."""
+    """Cross entropy of the shares, for which the best count most; a little squared error makes heads comparable."""
     x = (one.x - mean[:, None]) / scale[:, None]
-    x = x + NOISE * drawn(*x.shape)
-    scores = run_network(network, x)
-    shares = cross_entropy(scores, one.worth.softmax(-1)) - cross_entropy(one.worth, one.worth.softmax(-1))
-    return (scores - one.worth).square().mean() + shares
+    scores = run_network(network, x + NOISE * drawn(*x.shape))
+    true = one.worth.softmax(-1)
+    shares = cross_entropy(scores, true) - cross_entropy(one.worth, true)
+    return shares + LEVEL * (scores - one.worth).square().mean()
 
 
 def _rank(score: torch.Tensor, worth: torch.Tensor) -> float:

@@ -10,11 +10,11 @@ from transformers import MistralConfig
 
 import hf_kvcompress as kvc
 
-from ..conformance.factories import CODEC_KINDS, EVICTING, NAMES, PAGE, RESIDUAL, SINKS, SMALL, Factory
+from ..conformance.factories import CODEC_KINDS, EVICTING, EVICTING_FEW, NAMES, PAGE, RESIDUAL, SINKS, SMALL, Factory
 from ..conformance.state import FULL, feed, feed_in_parts, held, random_pairs
 
 LEAST = SINKS + RESIDUAL + 2 * PAGE
-PASSES = {"decoding": [1] * 60, "chunks": [50, 1, 1, 33, 7, 64, 1, 5], "prompt": [150, 1, 1, 1, 1, 1, 1, 1, 1, 1]}
+PASSES = {"decoding": [1] * 60, "chunks": [50, 1, 1, 33, 7, 64, 1, 5]}
 
 
 def limits(cache: Any, row: int) -> list[float]:
@@ -33,18 +33,23 @@ def assert_sound(cache: Any, rows: int, padding: list[int] | None = None) -> Non
             assert sum(kept.counts) <= limit * len(kept.counts)
             if layer.config.eviction.uniform_heads:
                 assert max(kept.counts) <= limit
-            assert max(kept.counts) == kept.positions.shape[1]
+            table = layer.storage.pages.table([row])
+            assert bool(((table >= 0) | (table.roll(1, 1) < 0))[:, 1:].logical_or(table[:, 1:] < 0).all())
             for head in range(len(kept.counts)):
                 own = kept.of_head(head)
                 assert own == sorted(set(own)) and first <= own[0] and own[-1] == seen - 1
                 assert own[:SINKS] == list(range(first, min(first + SINKS, seen)))
                 near = list(range(max(seen - RESIDUAL, first), seen))
                 assert own[-len(near) :] == near
-                assert (kept.positions[head, : len(own)] >= 0).all(), "what is missing is at the end"
 
 
-@pytest.mark.parametrize("sizes", PASSES.values(), ids=list(PASSES))
-@pytest.mark.parametrize("factory", EVICTING, ids=lambda factory: factory.name)
+def every_update() -> list:
+    few = [factory for factory in EVICTING_FEW if factory.name in ("h2o-eqrot4", "adaptive", "snapkv-kivi4", "ratio")]
+    cases = [(factory, "chunks") for factory in EVICTING] + [(factory, "decoding") for factory in few]
+    return [pytest.param(factory, PASSES[name], id=f"{factory.name}-{name}") for factory, name in cases]
+
+
+@pytest.mark.parametrize("factory, sizes", every_update())
 def test_after_every_update(factory: Factory, sizes: list[int]) -> None:
     """Two rows, one of them behind padding; the tokens of every head are counted after each pass."""
     pairs, cache, end = random_pairs(2, sum(sizes)), factory(FULL), 0
@@ -92,9 +97,9 @@ def test_nothing_goes_below_the_threshold(codec: str) -> None:
 def test_two_thousand_decoded_tokens(name: str) -> None:
     """Sinks survive, slots stay sorted, memory does not grow."""
     cache = kvc.CompressedCache(FULL, codec="int4", policy=name, budget=96, **SMALL)
-    pairs, chunk = random_pairs(1, 250), 5
+    pairs, chunk = random_pairs(1, 250), 5 if name == "h2o" else 25
     nbytes: dict[int, int] = {}
-    for step in range(400):
+    for step in range(2000 // chunk):
         start = step * chunk % 250
         feed(cache, [tuple(x[:, :, start : start + chunk] for x in pair) for pair in pairs])
         seen = cache.get_seq_length()

@@ -69,14 +69,17 @@ def test_a_row_that_is_padding_in_the_first_pass_has_its_prompt_later() -> None:
 
 
 @pytest.mark.parametrize("policy", ["random", "keydiff", "h2o"])
-def test_a_boundary_keeps_both_ends(policy: str) -> None:
-    with_ends, without = (offsets(filled(policy=policy, boundary=part, budget=100)) for part in (0.1, 0.0))
-    for row, lanes in enumerate(with_ends):
-        span = LENGTHS[row] // 10
+@pytest.mark.parametrize("first", [200, 100])
+def test_a_boundary_keeps_both_ends(policy: str, first: int) -> None:
+    """The beginning as long as it was when something first had to go; the end as long as it is now."""
+    settings = {"policy": policy, "budget": 100, "first": first, "steps": 200 - first}
+    with_ends, without = (offsets(filled(boundary=part, **settings)) for part in (0.1, 0.0))
+    for length, lanes in zip(LENGTHS, with_ends, strict=True):
+        begin = (first - 200 + length) // 10
         for own in lanes:
-            assert own >= {*range(span), *range(LENGTHS[row] - span, LENGTHS[row])}
+            assert own >= {*range(begin), *range(length - length // 10, length)}
     if policy == "random":
-        assert not all(own >= set(range(20)) for own in without[0])
+        assert not any(own >= set(range(20)) for lanes in without for own in lanes)
 
 
 def test_recent_tokens_stay() -> None:
