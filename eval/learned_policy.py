@@ -34,7 +34,7 @@ Windows = dict[str, list[torch.Tensor]]
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="name or folder; by default the model of the demo extra")
-    parser.add_argument("--weights", required=True, help="what `kvcompress train-policy` wrote")
+    parser.add_argument("--weights", action="append", required=True, help="what `kvcompress train-policy` wrote")
     parser.add_argument("--text", action="append", help="a UTF-8 file, `prose` or `code`; may be repeated")
     parser.add_argument("--windows", type=int, default=4, help="of each text, evenly spread, without overlap")
     parser.add_argument("--prompt-tokens", type=int, default=2047)
@@ -65,8 +65,17 @@ def load_windows(names: list[str], tokenizer: Any, number: int, length: int, tra
     return windows
 
 
-def settings_of(policy: str, weights: str) -> dict[str, Any]:
-    return {"policy": policy, "policy_options": {"weights": weights} if policy == "learned" else {}}
+def contenders(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Settings by name; "learned" stands for every file of weights."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in args.policies.split(","):
+        if name != "learned":
+            found[name] = {"policy": name}
+            continue
+        for file in args.weights:
+            label = name if len(args.weights) == 1 else f"{name} ({Path(file).stem})"
+            found[label] = {"policy": name, "policy_options": {"weights": file}}
+    return found
 
 
 def measure(model: Any, windows: Windows, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -84,9 +93,9 @@ def measure(model: Any, windows: Windows, args: argparse.Namespace) -> list[dict
 
             with kvc.enable(model):
                 base = measured()
-                for policy in args.policies.split(","):
+                for policy, settings in contenders(args).items():
                     for fraction in map(float, args.fractions.split(",")):
-                        got = measured(base, budget=fraction, **settings_of(policy, args.weights))
+                        got = measured(base, budget=fraction, **settings)
                         loss = (got.nll.mean() - base.nll.mean()).item()
                         row = {"policy": policy, "fraction": fraction, "text": text, "window": index}
                         rows.append({**row, "kl": got.mean_kl, "loss": loss, "base": base.nll.mean().item()})
@@ -121,16 +130,22 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(source)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, args.dtype)).eval().to(device)
-    trained = LearnedWeights.open(args.weights).config.training
+    trained = [LearnedWeights.open(file).config.training for file in args.weights]
     length = args.prompt_tokens + args.score_tokens
-    windows = load_windows(args.text or ["code", "prose"], tokenizer, args.windows, length, trained["texts"])
+    windows = load_windows(
+        args.text or ["code", "prose"],
+        tokenizer,
+        args.windows,
+        length,
+        [own for file in trained for own in file["texts"]],
+    )
     rows = measure(model, windows, args)
     summaries = []
     print("| text | kept | policy | KL | perplexity | KL less H2O's | windows better |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for text in [*windows, None]:
         for fraction in map(float, args.fractions.split(",")):
-            for policy in args.policies.split(","):
+            for policy in contenders(args):
                 own = summary(rows, policy, fraction, text)
                 summaries.append({"text": text or "all", "fraction": fraction, "policy": policy, **own})
                 print(

@@ -224,6 +224,8 @@ def _layer_config(base: LayerConfig, given: Mapping[str, Any]) -> LayerConfig:
     if wanted.get("policy") == NO_POLICY:
         eviction = None
     elif wanted:
+        if eviction is not None and wanted.get("policy", eviction.policy) != eviction.policy:
+            wanted.setdefault("policy_options", {})  # those of another policy mean nothing to this one
         eviction = replace(eviction or EvictionConfig(policy=DEFAULT_POLICY), **wanted)
     return replace(base, **{n: v for n, v in given.items() if n not in _OF_EVICTION}, eviction=eviction)
 

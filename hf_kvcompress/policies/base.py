@@ -19,6 +19,14 @@ from torch.nn.functional import avg_pool1d
 Capture = Literal["none", "mass", "window"]
 
 
+def whole(name: str, number: object, odd: bool = False) -> int:
+    """`number` if it is a whole one of at least 1, and odd if it must be; else a ValueError that names it."""
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1 or odd and number % 2 == 0:
+        expected = "an odd number of at least 1" if odd else "a whole number of at least 1"
+        raise ValueError(f"{name}: expected {expected}, got {number!r}")
+    return number
+
+
 @dataclass(frozen=True)
 class Observers:
     """The newest queries of each lane `[L, M, D]`, as the model scales them, and their positions `[L, M]` (-1: none)."""

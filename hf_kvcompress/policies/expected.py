@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .base import Candidates, Policy
+from .base import Candidates, Policy, whole
 
 
 class ExpectedAttentionPolicy(Policy):
@@ -23,7 +23,8 @@ class ExpectedAttentionPolicy(Policy):
     capture = "window"
 
     def __init__(self, n_queries: int = 64, epsilon: float = 0.0, use_covariance: bool = True):
-        self.window, self.epsilon, self.use_covariance = n_queries, epsilon, use_covariance
+        self.window = whole("n_queries", n_queries)
+        self.epsilon, self.use_covariance = epsilon, use_covariance
 
     def score(self, candidates: Candidates) -> torch.Tensor:
         """Expected attention times the norm of the value."""

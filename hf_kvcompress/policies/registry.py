@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
+from inspect import signature
 from typing import Any
 
 from .base import Policy
@@ -43,6 +44,13 @@ def make_policy(policy: str | Policy, options: Mapping[str, Any] | None = None) 
         near = get_close_matches(str(policy), POLICIES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"policy: expected one of {', '.join(POLICIES)} or a Policy, got {policy!r}{hint}")
+    if not isinstance(options, Mapping | None):
+        raise ValueError(f"policy_options: expected a mapping of the policy's own settings, got {options!r}")
+    known = [name for name in signature(POLICIES[policy]).parameters if name not in ("args", "kwargs")]
+    for name in options or {}:
+        if name not in known:
+            expected = " or ".join(known) or "none"
+            raise ValueError(f"policy_options: expected {expected} for policy {policy!r}, got {name!r}")
     try:
         return POLICIES[policy](**(options or {}))
     except TypeError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import normalize
 
-from .base import Candidates, Policy
+from .base import Candidates, Policy, whole
 
 
 class RKVPolicy(Policy):
@@ -25,9 +25,8 @@ class RKVPolicy(Policy):
     def __init__(self, weight: float = 0.1, window_size: int = 8, kernel_size: int = 5):
         if not 0 <= weight <= 1:
             raise ValueError(f"weight: expected 0 to 1, got {weight}")
-        if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size: expected an odd number, got {kernel_size}")
-        self.weight, self.window, self.kernel_size = weight, window_size, kernel_size
+        self.weight, self.window = weight, whole("window_size", window_size)
+        self.kernel_size = whole("kernel_size", kernel_size, odd=True)
 
     def score(self, candidates: Candidates) -> torch.Tensor:
         """Both terms sum to about one over a lane."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -24,6 +25,22 @@ def parse_bytes(text: str) -> int:
 
 def _refuse(name: str, expected: str, got: object) -> ValueError:
     return ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
+def _ranges(pin: object) -> Sequence[object]:
+    if isinstance(pin, str) or not isinstance(pin, Sequence):
+        raise _refuse("pin", "a list of ranges (start, end)", pin)
+    return pin
+
+
+def _range(pair: object) -> tuple[int, int]:
+    expected = "ranges (start, end) of whole numbers with 0 <= start < end"
+    if not isinstance(pair, Sequence) or len(pair) != 2 or not all(type(number) is int for number in pair):
+        raise _refuse("pin", expected, pair)
+    start, end = pair
+    if not 0 <= start < end:
+        raise _refuse("pin", expected, (start, end))
+    return start, end
 
 
 @dataclass(frozen=True)
@@ -69,15 +86,17 @@ class EvictionConfig:
 
     def __post_init__(self) -> None:
         policy = self.make_policy()
-        object.__setattr__(self, "pin", tuple((int(start), int(end)) for start, end in self.pin))
+        object.__setattr__(self, "pin", tuple(_range(pair) for pair in _ranges(self.pin)))
         if isinstance(self.budget, bool) or not isinstance(self.budget, int | float | None):
             raise _refuse("budget", "tokens (a whole number), a ratio between 0 and 1, or None", self.budget)
-        if self.budget is not None and self.budget <= 0 or isinstance(self.budget, float) and self.budget > 1:
+        most = 1 if isinstance(self.budget, float) else math.inf
+        if self.budget is not None and not 0 < self.budget <= most:
             raise _refuse("budget", "tokens (a whole number above 0) or a ratio above 0 and up to 1", self.budget)
         for name in ("recent", "head_floor"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise _refuse(name, "a number from 0 to 1", getattr(self, name))
-        if not 0 <= self.boundary < 0.5:
+            part = getattr(self, name)
+            if not isinstance(part, int | float) or not 0 <= part <= 1:
+                raise _refuse(name, "a number from 0 to 1", part)
+        if not isinstance(self.boundary, int | float) or not 0 <= self.boundary < 0.5:
             raise _refuse("boundary", "a number from 0 to below 0.5", self.boundary)
         if self.head_budget not in ("uniform", "adaptive"):
             raise _refuse("head_budget", "'uniform' or 'adaptive'", self.head_budget)
@@ -87,9 +106,8 @@ class EvictionConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise _refuse(name, f"a whole number of at least {least}", value)
-        for start, end in self.pin:
-            if not 0 <= start < end:
-                raise _refuse("pin", "ranges (start, end) with 0 <= start < end", (start, end))
+        if not isinstance(self.pin_prompt, int) or self.pin_prompt < 0:
+            raise _refuse("pin_prompt", "True, False or a whole number of tokens", self.pin_prompt)
         if self.merge and self.demote_to is not None:
             raise _refuse("merge", "False beside demote_to, which loses no token to be merged", self.merge)
         if self.demote_budget is not None and self.demote_budget < 1:

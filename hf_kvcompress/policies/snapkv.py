@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .base import Candidates, Policy
+from .base import Candidates, Policy, whole
 
 
 class SnapKVPolicy(Policy):
@@ -21,9 +21,7 @@ class SnapKVPolicy(Policy):
     capture = "window"
 
     def __init__(self, window_size: int = 64, kernel_size: int = 5):
-        if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size: expected an odd number, got {kernel_size}")
-        self.window, self.kernel_size = window_size, kernel_size
+        self.window, self.kernel_size = whole("window_size", window_size), whole("kernel_size", kernel_size, odd=True)
 
     def score(self, candidates: Candidates) -> torch.Tensor:
         """Attention averaged over queries and query group, then over `kernel_size` tokens."""

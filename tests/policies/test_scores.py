@@ -31,7 +31,7 @@ def lanes(name: str, counts: list[int], near: int = 5, seed: int = 0) -> list[li
 
     rows = []
     for row, start in enumerate(range(0, len(counts), HEADS)):
-        total = max(counts) * 2 + 2
+        total = max(counts) * 2 + 10
         sinks_and_window = [0, 1, *range(total, total + near - 2)]
         asked = list(range(total + near - 2 - min(WINDOWS.get(name, 1), 9 - 4 * row), total + near - 2))
         own = []
