@@ -85,12 +85,17 @@ class Layer:
         self.cache, self.module = cache, Module()
         self.attention = kvcompress_attention if isinstance(cache, kvc.CompressedCache) else sdpa_attention_forward
         queries, keys, values = draw(tokens, torch.Generator().manual_seed(0))
-        # in pieces, through the attention, so that policies see queries; the scores of 16k by 16k would take minutes
-        for start in range(0, tokens, 1024):
-            which = slice(start, start + 1024)
-            k, v = cache.update(keys[:, :, which], values[:, :, which], 0)
+        if not isinstance(cache, kvc.CompressedCache) or cache.settings.default.eviction is None:
+            cache.update(keys, values, 0)
             if isinstance(cache, kvc.CompressedCache):
-                kvcompress_attention(self.module, queries[:, :, which], k, v, None, scaling=DIM**-0.5)
+                cache.layers[0].observe_queries(queries, DIM**-0.5)
+                cache.commit()
+            return
+        # in pieces, through the attention: the policy sees its queries, and every piece has an eviction round
+        for start in range(0, tokens, 1024):
+            own = slice(start, start + 1024)
+            k, v = cache.update(keys[:, :, own], values[:, :, own], 0)
+            kvcompress_attention(self.module, queries[:, :, own], k, v, None, scaling=DIM**-0.5)
 
     def step(self, token: tuple[torch.Tensor, ...]) -> float:
         queries, keys, values = token

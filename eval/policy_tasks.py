@@ -38,6 +38,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--on", choices=("recall", "text"), default="recall")
     parser.add_argument("--weights", help="folder of the recall model; by default the one in the package")
     parser.add_argument("--seeds", type=int, default=16, help="contexts of a task")
+    parser.add_argument("--tables", default="tasks,dormant,rule,questions", help="of the recall model")
     parser.add_argument("--fractions", default="0.5,0.25,0.1", help="parts of the tokens that stay")
     parser.add_argument("--tokens", type=int, default=2000, help="of a prompt with a pass key")
     return parser.parse_args()
@@ -73,23 +74,22 @@ def share(model: Any, task: RecallTask, seeds: int, settings: Settings | None) -
 
 
 def two_questions(model: Any, seeds: int, settings: Settings | None) -> tuple[float, float]:
-    """The first question stands at the end of the context, the others come after it was compressed and answered."""
-    right = torch.zeros(2)
-    asked = torch.zeros(2)
+    """The context ends with a question. Afterwards that one is asked again, and others, each on a copy of the cache."""
+    right, asked = torch.zeros(2), torch.zeros(2)
     for seed in range(seeds):
-        sample = TASKS["turns"].make(seed, LENGTH)
-        first, *others = sample.questions
-        cache = kvc.CompressedCache(model.config, **{**RECALL, **settings}) if settings else None
-        cache = DynamicCache(config=model.config) if cache is None else cache
-        context = torch.cat([sample.context, first], 1)
-        answer = model(context, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
-        right[0] += int(answer) == sample.answers[0][0]
-        model(answer, past_key_values=cache, logits_to_keep=1)
-        for question, expected in zip(others, sample.answers[1:], strict=True):
-            right[1] += ask(model, copy.deepcopy(cache), question, len(expected)) == expected
-        asked += torch.tensor([1, len(others)])
-    first_share, later_share = (right / asked).tolist()
-    return first_share, later_share
+        sample = TASKS["filler"].make(seed, LENGTH)
+        first, *others = zip(sample.questions, sample.answers, strict=True)
+        for question, _ in (first, *others[:3]):  # each in turn is the one that the context ends with
+            cache = DynamicCache(config=model.config)
+            if settings is not None:
+                cache = kvc.CompressedCache(model.config, **{**RECALL, **settings})
+            model(torch.cat([sample.context, question], 1), past_key_values=cache, logits_to_keep=1)
+            for other, expected in (first, *others[:3]):
+                kind = int(other is not question)
+                right[kind] += ask(model, copy.deepcopy(cache), other, len(expected)) == expected
+                asked[kind] += 1
+    again, another = (right / asked).tolist()
+    return again, another
 
 
 def on_recall(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -104,34 +104,31 @@ def on_recall(args: argparse.Namespace) -> list[dict[str, Any]]:
     def tasks_of(settings: Settings | None, tasks: Sequence[str]) -> dict[str, float]:
         return {task: share(model, TASKS[task], args.seeds, settings) for task in tasks}
 
+    parts = [float(part) for part in args.fractions.split(",")]
+    tables = args.tables.split(",")
     with torch.inference_mode(), kvc.enable(model):
         full = tasks_of(None, list(TASKS))
         tell("tasks", "full cache", "100%", full)
         admitted = [task for task, found in full.items() if found >= ADMITTED]
-        for codec in ("eqrot4", "eqrot3", "eqrot2", "int4", "int2"):
-            tell("tasks", f"{codec}, nothing evicted", "100%", tasks_of({"codec": codec}, admitted))
-        for part in map(float, args.fractions.split(",")):
-            for name in common.names(args):
-                own = {"policy": name, "budget": part, "policy_options": learned_options(args, name)}
-                tell("tasks", name, f"{part:.0%}", tasks_of(own, admitted))
-            for name, own in VARIED.items():
-                tell("tasks", name, f"{part:.0%}", tasks_of({"budget": part, **own}, admitted))
-        for part in map(float, args.fractions.split(",")):
-            for name, own in DORMANT.items():
-                found = share(model, TASKS["dormant"], args.seeds, {"budget": part, **own})
-                tell("dormant", name, f"{part:.0%}", {"dormant": found})
-        for part in map(float, args.fractions.split(",")):
-            for name in ("streaming", "h2o", "snapkv", "random"):
-                for pin in ((), ((0, 2),)):
-                    own = {"policy": name, "budget": part, "sink_length": 0, "pin": pin}
-                    label = f"{name}, {'pinned' if pin else 'no pin'}, no sinks"
-                    tell("rule", label, f"{part:.0%}", {"rule": share(model, TASKS["rule"], args.seeds, own)})
-        first, later = two_questions(model, args.seeds, None)
-        tell("two questions", "full cache", "100%", {"first": first, "second": later})
-        for part in map(float, args.fractions.split(",")):
-            for name, own in QUESTIONS.items():
-                first, later = two_questions(model, args.seeds, {"budget": part, **own})
-                tell("two questions", name, f"{part:.0%}", {"first": first, "second": later})
+        if "tasks" in tables:
+            for codec in ("eqrot4", "eqrot3", "eqrot2", "int4", "int2"):
+                tell("tasks", f"{codec}, nothing evicted", "100%", tasks_of({"codec": codec}, admitted))
+            own = {name: {"policy": name, "policy_options": learned_options(args, name)} for name in common.names(args)}
+            for part in parts:
+                for name, settings in {**own, **VARIED}.items():
+                    tell("tasks", name, f"{part:.0%}", tasks_of({"budget": part, **settings}, admitted))
+        for table, task, entrants in (("dormant", "dormant", DORMANT), ("rule", "rule", RULE)):
+            for part in parts if table in tables and task in admitted else ():
+                for name, settings in entrants.items():
+                    found = share(model, TASKS[task], args.seeds, {"budget": part, **settings})
+                    tell(table, name, f"{part:.0%}", {task: found})
+        if "questions" in tables:
+            again, another = two_questions(model, args.seeds, None)
+            tell("two questions", "full cache", "100%", {"again": again, "another": another})
+            for part in parts:
+                for name, settings in QUESTIONS.items():
+                    again, another = two_questions(model, args.seeds, {"budget": part, **settings})
+                    tell("two questions", name, f"{part:.0%}", {"again": again, "another": another})
     return rows
 
 
@@ -150,9 +147,15 @@ DORMANT: dict[str, Settings] = {
     for name in ("streaming", "h2o", "random")
     for to in (None, "int2", "int4", "eqrot2", "cpu")
 }
+RULE: dict[str, Settings] = {
+    f"{name}, {'pinned' if pin else 'not pinned'}": {"policy": name, "sink_length": 0, "pin": pin}
+    for name in ("streaming", "h2o", "snapkv", "keydiff", "random")
+    for pin in ((), ((0, 2),))
+}
 QUESTIONS: dict[str, Settings] = {
     "snapkv, 4 queries": {"policy": "snapkv", "policy_options": {"window_size": 4, "kernel_size": 1}},
     "snapkv": {"policy": "snapkv"},
+    "expected, 4 queries": {"policy": "expected", "policy_options": {"n_queries": 4}},
     "tova": {"policy": "tova"},
     "h2o": {"policy": "h2o"},
     "keydiff": {"policy": "keydiff"},

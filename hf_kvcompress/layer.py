@@ -220,11 +220,16 @@ class CompressedLayer(CacheLayerMixin):
         return max(start - self.sliding_window + 1, 0), self.seen
 
     def dense(self, role: str, covered: tuple[int, int] | None = None) -> torch.Tensor:
-        """Keys ("key") or values ("value") of all positions, `[B, H, T, D]` in the model's dtype."""
-        start, end = covered or self.dense_range()
+        """Keys ("key") or values ("value") of all positions, `[B, H, T, D]` in the model's dtype.
+
+        Once tokens have been evicted: of those left, where one row's heads all hold the same number; else zeros in the
+        places of the others.
+        """
         assert self.storage is not None
         chunk = self.chunk
-        if self._compact:
+        ragged = self._compact and self.storage.ragged
+        start, end = (0, self.seen) if ragged else covered or self.dense_range()
+        if self._compact and not ragged:
             kept = read_kept(self.storage, role)
             return kept if chunk is None else torch.cat([kept, chunk.of(role).to(kept.dtype)], dim=2)
         if chunk is None:

@@ -54,7 +54,7 @@ class QueryWindow:
         own = self.queries[list(rows)].float().unflatten(1, (self.heads, -1))  # [R, H, G, size, D]
         positions = self.positions[list(rows)].to(own.device)
         at = positions[:, None, None].expand(own.shape[:4])
-        return Observers(own.flatten(2, 3).flatten(0, 1), at.flatten(2, 3).flatten(0, 1))
+        return Observers(own.flatten(2, 3).flatten(0, 1), at.flatten(2, 3).flatten(0, 1), own.shape[2])
 
     def map_rows(self, rows: Sequence[int]) -> None:
         """Make row i what row `rows[i]` was."""

@@ -86,6 +86,12 @@ class LayerStorage:
     def batch(self) -> int:
         return self.positions.batch
 
+    @property
+    def ragged(self) -> bool:
+        """Rows or heads may hold different numbers of tokens."""
+        uniform = self.evictor is None or self.evictor.settings.uniform_heads
+        return self.batch > 1 or self.tail is not None or not uniform
+
     # -- appending -----------------------------------------------------------------------------------------------------
 
     def append(

@@ -29,10 +29,14 @@ def whole(name: str, number: object, odd: bool = False) -> int:
 
 @dataclass(frozen=True)
 class Observers:
-    """The newest queries of each lane `[L, M, D]`, as the model scales them, and their positions `[L, M]` (-1: none)."""
+    """Newest queries of each lane `[L, M, D]`, as the model scales them, and their positions `[L, M]` (-1: none).
+
+    They come one query head of the lane's group behind the other, M / groups each.
+    """
 
     queries: torch.Tensor
     positions: torch.Tensor
+    groups: int
 
 
 class Candidates:

@@ -10,8 +10,8 @@ from .base import Candidates, Policy, whole
 class ExpectedAttentionPolicy(Policy):
     """`softmax(mean(q . k) + var(q . k) / 2) * |v|`: the expectation over normally distributed queries.
 
-    The paper averages the queries' moments over the rotations of the next 512 positions, for which it needs queries
-    before RoPE. Here the moments are those of the newest queries as they came, so any model's rotation will do.
+    Mean and variance are taken for every query head by itself, over its newest queries as they came. The paper turns them
+    on to the next 512 positions first; that made no difference here (docs/decisions.md).
 
     Args:
         n_queries: newest queries that the moments are taken of.
@@ -27,13 +27,15 @@ class ExpectedAttentionPolicy(Policy):
         self.epsilon, self.use_covariance = epsilon, use_covariance
 
     def score(self, candidates: Candidates) -> torch.Tensor:
-        """Expected attention times the norm of the value."""
-        assert candidates.observers is not None
-        logits = candidates.observers.queries @ candidates.keys.mT
-        asked = (candidates.observers.positions >= 0).float()[..., None]  # [L, M, 1]
-        count = asked.sum(1).clamp(min=1)
-        mean = (logits * asked).sum(1) / count
+        """Expected attention, averaged over the query group, times the norm of the value."""
+        observers = candidates.observers
+        assert observers is not None
+        by_head = (observers.groups, -1)
+        logits = (observers.queries @ candidates.keys.mT).unflatten(1, by_head)  # [L, G, n, N]
+        asked = (observers.positions >= 0).float().unflatten(1, by_head)[..., None]
+        count = asked.sum(2).clamp(min=1)
+        mean = (logits * asked).sum(2) / count
         if self.use_covariance:
-            mean = mean + ((logits - mean[:, None]).square() * asked).sum(1) / count / 2
-        weights = mean.masked_fill(~candidates.present, float("-inf")).softmax(-1)
-        return (torch.nan_to_num(weights) + self.epsilon) * candidates.values.norm(dim=-1)
+            mean = mean + ((logits - mean[:, :, None]).square() * asked).sum(2) / count / 2
+        weights = mean.masked_fill(~candidates.present[:, None], float("-inf")).softmax(-1)
+        return (torch.nan_to_num(weights).mean(1) + self.epsilon) * candidates.values.norm(dim=-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -92,19 +92,13 @@ class LearnedWeights:
 
     Args:
         config: what they are for.
-        read: gives one of `PARTS` of a layer, float32.
-        name: for messages.
+        source: the networks by layer, float32, or the file that has them.
     """
 
-    def __init__(self, config: LearnedConfig, read: Callable[[int, str], torch.Tensor], name: str = "weights"):
-        self.config, self.name = config, name
-        self._read = read
+    def __init__(self, config: LearnedConfig, source: Mapping[int, Network] | Path):
+        self.config, self.source = config, source
+        self.name = source.name if isinstance(source, Path) else "weights"
         self._ready: dict[tuple[int, torch.device], Network] = {}
-
-    @classmethod
-    def of(cls, config: LearnedConfig, networks: Mapping[int, Network], name: str = "weights") -> LearnedWeights:
-        """From networks in memory, by layer."""
-        return cls(config, lambda layer, part: networks[layer][part], name)
 
     @staticmethod
     def open(path: str | Path) -> LearnedWeights:
@@ -119,11 +113,25 @@ class LearnedWeights:
             raise _refuse("a file that `kvcompress train-policy` wrote", f"{str(path)!r}: {error.strerror}") from None
         return _open(path, stamp.st_mtime_ns, stamp.st_size)
 
+    def __reduce__(self) -> tuple[Any, ...]:  # a saved cache names its file, as it names no weights of the model
+        if isinstance(self.source, Path):
+            return LearnedWeights.open, (self.source,)
+        return LearnedWeights, (self.config, dict(self.source))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LearnedWeights:
+        return self  # copies of a cache share them
+
+    def _read(self, layer: int) -> Network:
+        if not isinstance(self.source, Path):
+            return self.source[layer]
+        with safe_open(self.source, framework="pt") as file:
+            return {part: file.get_tensor(_key(layer, part)).float() for part in PARTS}
+
     def network(self, layer: int, device: torch.device) -> Network:
         """Of one layer, on the device. Raises ValueError if the layer has none."""
         self._shape(layer)
         if (layer, device) not in self._ready:
-            self._ready[layer, device] = {part: self._read(layer, part).to(device) for part in PARTS}
+            self._ready[layer, device] = {part: tensor.to(device) for part, tensor in self._read(layer).items()}
         return self._ready[layer, device]
 
     def check(self, layer: int, heads: int, key_dim: int, value_dim: int) -> None:
@@ -144,8 +152,12 @@ class LearnedWeights:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, the config in its header."""
-        tensors = {_key(layer, part): self._read(layer, part) for layer in self.config.shapes for part in PARTS}
-        save_file({name: x.contiguous() for name, x in tensors.items()}, path, metadata=self.config.to_metadata())
+        tensors = {
+            _key(layer, part): tensor.cpu().contiguous()
+            for layer in self.config.shapes
+            for part, tensor in self._read(layer).items()
+        }
+        save_file(tensors, path, metadata=self.config.to_metadata())
 
     def __str__(self) -> str:
         return f"{self.name} (for {self.config.model_type}, {self.config.num_layers} layers)"
@@ -161,12 +173,7 @@ def _open(path: Path, modified: int, size: int) -> LearnedWeights:
         raise _refuse("a safetensors file", f"{str(path)!r}: {error}") from None
     if missing:
         raise _refuse(f"tensor {min(missing)}", f"none in {path.name}")
-
-    def read(layer: int, part: str) -> torch.Tensor:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(_key(layer, part)).float()
-
-    return LearnedWeights(config, read, path.name)
+    return LearnedWeights(config, path)
 
 
 class LearnedPolicy(Policy):

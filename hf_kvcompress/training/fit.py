@@ -136,7 +136,7 @@ def train_policy(
             "held_out": [asdict(own) for own in reports],
         },
     )
-    return Trained(LearnedWeights.of(config, networks), reports)
+    return Trained(LearnedWeights(config, networks), reports)
 
 
 def _passages(tokenizer: Any, texts: Sequence[str], teacher: Teacher, tokens: int, length: int) -> list[Passage]:

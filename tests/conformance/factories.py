@@ -124,7 +124,7 @@ def _policy(label: str, policy: str, exact: bool = False, models: tuple[str, ...
 
 
 EXACT += [
-    _policy(f"{name}-unlimited", name, exact=True, models=() if name == "h2o" else ("llama", "gemma3"), codec="identity")
+    _policy(f"{name}-unlimited", name, exact=True, models=() if name == "h2o" else ("gemma3",), codec="identity")
     for name in NAMES
 ]
 EXACT.append(

@@ -20,6 +20,9 @@ FULL = LlamaConfig(num_hidden_layers=LAYERS, hidden_size=64, num_attention_heads
 SLIDING = MistralConfig(
     num_hidden_layers=LAYERS, hidden_size=64, num_attention_heads=2, sliding_window=WINDOW, attn_implementation="eager"
 )
+OURS, OURS_SLIDING = LlamaConfig(num_hidden_layers=LAYERS), MistralConfig(sliding_window=WINDOW)
+for _config in (OURS, OURS_SLIDING):
+    _config._attn_implementation_internal = "kvcompress"
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -61,11 +64,9 @@ def feed(cache: Any, pairs: Pairs, attention_mask: torch.Tensor | None = None) -
         attention_mask = torch.ones(rows, start + tokens, dtype=torch.long)
     if attention_mask is not None:
         sliding = any(layer.is_sliding for layer in cache.layers)
-        config = MistralConfig(sliding_window=WINDOW) if sliding else LlamaConfig(num_hidden_layers=LAYERS)
-        config._attn_implementation_internal = "kvcompress"
         make = create_sliding_window_causal_mask if sliding else create_causal_mask
         mask = make(
-            config=config,
+            config=OURS_SLIDING if sliding else OURS,
             inputs_embeds=torch.empty(rows, tokens, 1),
             attention_mask=attention_mask,
             past_key_values=cache,

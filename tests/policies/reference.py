@@ -23,6 +23,7 @@ class Lane:
     query_positions: list[int]
     head: int = 0
     layer: int = 0
+    groups: int = 1  # query heads, whose queries come one behind the other
 
     def attention(self) -> torch.Tensor:
         """`[M, N]`: what each query pays each candidate, exact tokens taking their share."""
@@ -70,12 +71,15 @@ def expected(row: Row) -> Scores:
     """The mean over queries of exp(score), to second order, times the value's norm."""
     scores = []
     for lane in row:
-        logits = []
-        for key in lane.keys:
-            products = [float(query @ key) for query in lane.queries]
-            mean = sum(products) / len(products)
-            logits.append(mean + sum((p - mean) ** 2 for p in products) / len(products) / 2)
-        scores.append(torch.tensor(logits).softmax(0) * torch.tensor([float(v.norm()) for v in lane.values]))
+        weights = torch.zeros(len(lane.keys))
+        for queries in lane.queries.chunk(lane.groups):
+            logits = []
+            for key in lane.keys:
+                products = [float(query @ key) for query in queries]
+                mean = sum(products) / len(products)
+                logits.append(mean + sum((p - mean) ** 2 for p in products) / len(products) / 2)
+            weights += torch.tensor(logits).softmax(0) / lane.groups
+        scores.append(weights * torch.tensor([float(v.norm()) for v in lane.values]))
     return scores
 
 
@@ -93,7 +97,9 @@ def rkv(row: Row) -> Scores:
     for lane in row:
         count, redundancy = len(lane.keys), []
         for i, key in enumerate(lane.keys):
-            redundancy.append(sum(cosine(key, other) for j, other in enumerate(lane.keys) if j != i) / max(count - 1, 1))
+            redundancy.append(
+                sum(cosine(key, other) for j, other in enumerate(lane.keys) if j != i) / max(count - 1, 1)
+            )
         scores.append(0.1 * pooled(lane.attention().mean(0)) - 0.9 * torch.tensor(redundancy).softmax(0))
     return scores
 
@@ -196,13 +202,14 @@ class DenseLayer:
                 asked * groups,
                 head,
                 self.layer,
+                groups,
             )
             for head, own in enumerate(candidates)
         ]
         ranked = []
         for head, (own, scores) in enumerate(zip(candidates, SCORES[self.policy](row), strict=True)):
             protected = set(own[len(own) - near :].tolist()) if near else set()
-            order = [(position in protected, float(score), head, position) for position, score in zip(own.tolist(), scores)]
+            order = [(at in protected, float(x), head, at) for at, x in zip(own.tolist(), scores, strict=True)]
             if self.adaptive:  # the best of each head come before all others
                 best = sorted(order, reverse=True)[: int(self.floor * limit)]
                 order = [(rank[0] or rank in best, *rank[1:]) for rank in order]

@@ -14,7 +14,7 @@ from ..conformance.factories import CODEC_KINDS, EVICTING, EVICTING_FEW, NAMES, 
 from ..conformance.state import FULL, feed, feed_in_parts, held, random_pairs
 
 LEAST = SINKS + RESIDUAL + 2 * PAGE
-PASSES = {"decoding": [1] * 60, "chunks": [50, 1, 1, 33, 7, 64, 1, 5]}
+PASSES = {"decoding": [1] * 48, "chunks": [50, 1, 1, 33, 7, 64, 1, 5]}
 
 
 def limits(cache: Any, row: int) -> list[float]:
@@ -97,13 +97,13 @@ def test_nothing_goes_below_the_threshold(codec: str) -> None:
 def test_two_thousand_decoded_tokens(name: str) -> None:
     """Sinks survive, slots stay sorted, memory does not grow."""
     cache = kvc.CompressedCache(FULL, codec="int4", policy=name, budget=96, **SMALL)
-    pairs, chunk = random_pairs(1, 250), 5 if name == "h2o" else 25
+    pairs, chunk = random_pairs(1, 250), 10 if name == "h2o" else 50
     nbytes: dict[int, int] = {}
     for step in range(2000 // chunk):
         start = step * chunk % 250
         feed(cache, [tuple(x[:, :, start : start + chunk] for x in pair) for pair in pairs])
         seen = cache.get_seq_length()
-        if seen % 125 == 0:
+        if seen % 250 == 0:
             assert_sound(cache, 1)
             nbytes[seen] = cache.nbytes
     assert max(bytes_held for seen, bytes_held in nbytes.items() if seen > 500) <= 1.05 * nbytes[500]
@@ -114,8 +114,8 @@ def test_memory_stays_within_what_the_tokens_take(codec: str) -> None:
     """Codec by codec: the most that was held in 2,000 tokens, beside a cache that saw no more than the budget."""
     cache = kvc.CompressedCache(FULL, codec=codec, policy="streaming", budget=128, **SMALL)
     most = 0
-    for seed in range(80):
-        feed(cache, random_pairs(1, 25, seed % 7))
+    for seed in range(50):
+        feed(cache, random_pairs(1, 40, seed % 7))
         most = max(most, cache.nbytes)
     small = kvc.CompressedCache(FULL, codec=codec, policy="streaming", **SMALL)
     feed_in_parts(small, random_pairs(1, 128), [128])

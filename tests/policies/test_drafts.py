@@ -50,12 +50,12 @@ def assert_same(cache: Any, other: Any, exactly: bool = True) -> None:
 
 
 @caches_that_forget
-@pytest.mark.parametrize("drafted", [1, 5, 30])
+@pytest.mark.parametrize("drafted", [1, 30])
 def test_a_draft_that_is_taken_back_leaves_no_trace(factory: Factory, drafted: int) -> None:
     cache, other = (fed(factory(FULL), 40, 61) for _ in range(2))
     for one in (cache, other):
         one.activate_past_recording()
-    for end in (61, 65, 69):
+    for end in (61, 65):
         fed(cache, end + drafted)
         assert cache.is_croppable
         cache.crop(-drafted)
@@ -118,9 +118,7 @@ def test_a_crop_beyond_the_draft_is_refused_and_changes_nothing(factory: Factory
 @pytest.mark.parametrize("policy", ["h2o", "snapkv", "streaming"])
 def test_a_crop_into_the_middle_of_a_long_pass(policy: str) -> None:
     """Mass is kept by query for the newest tokens of a pass only; what was not counted is not asked for."""
-    cache, other = (
-        kvc.CompressedCache(FULL, codec="identity", policy=policy, budget=TIGHT, **SMALL) for _ in range(2)
-    )
+    cache, other = (kvc.CompressedCache(FULL, codec="identity", policy=policy, budget=TIGHT, **SMALL) for _ in range(2))
     cache.activate_past_recording()
     fed(cache, 150)
     back = LONGEST_DRAFT + 1
@@ -141,9 +139,7 @@ def test_a_crop_into_the_middle_of_a_long_pass(policy: str) -> None:
 @pytest.mark.parametrize("policy", ["streaming", "keydiff", "random", "snapkv"])
 def test_before_anything_is_evicted_a_crop_is_exact(policy: str) -> None:
     """What tokens score does not depend on those taken back, but for attention mass, which is not given back."""
-    cache, other = (
-        kvc.CompressedCache(FULL, codec="identity", policy=policy, budget=80, **SMALL) for _ in range(2)
-    )
+    cache, other = (kvc.CompressedCache(FULL, codec="identity", policy=policy, budget=80, **SMALL) for _ in range(2))
     fed(cache, 50, 70).crop(-25)
     fed(other, 45)
     for row in range(2):

@@ -26,7 +26,7 @@ def cases() -> list:
     """Every way of generating with some caches, drafts with all; under plain attentions where that is possible."""
     found = []
     for factory in EVICTING_FEW:
-        for mode in MODES if factory.name in ("h2o-eqrot4", "adaptive", "demoting") else DRAFTED:
+        for mode in MODES if factory.name in ("h2o-eqrot4", "adaptive") else DRAFTED:
             for name in (KVCOMPRESS, "sdpa"):
                 if factory.runs_under(name, mode):
                     found.append(pytest.param(factory, mode, name, id=f"{factory.name}-{mode}-{name}"))

@@ -64,7 +64,9 @@ def test_every_head_keeps_its_floor(floor: float) -> None:
     cache = filled(adaptive(head_floor=floor, policy="keydiff", recent=0.0))
     limit = BUDGET - EXACT
     for layer in held(cache):
-        sealed = [count - SINKS - layer_window for count, layer_window in zip(layer.counts, windows(cache), strict=True)]
+        sealed = [
+            count - SINKS - layer_window for count, layer_window in zip(layer.counts, windows(cache), strict=True)
+        ]
         assert min(sealed) >= int(floor * limit) and sum(sealed) == HEADS * limit
         if floor == 1.0:
             assert len(set(sealed)) == 1
@@ -99,7 +101,9 @@ def test_a_page_of_head_bytes_is_freed_for_every_page_of_tokens() -> None:
         tokens = sum(kept.counts) - HEADS * (SINKS + layer.storage.window.recent[0])
         room = sum(len(block.lanes) * block.capacity for block in pages.blocks)
         assert tokens <= room <= tokens + (HEADS + 2) * PAGE + 16
-        held_by_codes = sum(tensor.nbytes for block in pages.blocks for p in block.packed.values() for tensor in p.values())
+        held_by_codes = sum(
+            tensor.nbytes for block in pages.blocks for p in block.packed.values() for tensor in p.values()
+        )
         assert held_by_codes == room * 2 * DIM * 4
 
 

@@ -1,6 +1,8 @@
 """The learned score: what teachers say, what the fit learns of it, its file, and the policy in a cache."""
 
+import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -36,7 +38,7 @@ def random_weights(heads=2, key_dim=16, value_dim=16, layers=(0, 1), num_layers=
     }
     shapes = {layer: (heads, key_dim, value_dim) for layer in layers}
     config = LearnedConfig("llama", num_layers, shapes, hidden, max_age=1000, training={"teacher": "both"})
-    return LearnedWeights.of(config, networks)
+    return LearnedWeights(config, networks)
 
 
 def candidates(rows=3, number=20, heads=2, dim=16, layer=0, shift=0):
@@ -259,6 +261,23 @@ def test_generate_holds_to_the_budget(tiny, trained, tmp_path, codec, plain):
     assert max(max(layer.storage.tokens_stored()) for layer in cache.packed_layers()) <= 64
     assert cache.nbytes == other.nbytes, "weights are no part of the cache"
     assert json.loads(json.dumps(cache.settings.to_dict()))["policy_options"] == {"weights": str(file)}
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_copied_and_saved_caches_go_on(tiny, tmp_path, in_memory):
+    weights = random_weights()
+    weights.save(tmp_path / "policy.safetensors")
+    cache = kvc.LearnedCache(
+        tiny.config, weights=weights if in_memory else tmp_path / "policy.safetensors", budget=64, **PAGES
+    )
+    ids = torch.randint(0, 256, (1, 150))
+    with kvc.enable(tiny):
+        tiny(ids[:, :100], past_key_values=cache)
+        copies = [copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))]
+        outputs = [tiny(ids[:, 100:], past_key_values=own).logits for own in (cache, *copies)]
+        again = [tiny(ids[:, :9], past_key_values=own).logits for own in (cache, *copies)]
+    for results in (outputs, again):
+        assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 def test_command_writes_a_file_that_a_cache_takes(tmp_path, tiny):

@@ -65,7 +65,9 @@ def test_a_row_that_is_padding_in_the_first_pass_has_its_prompt_later() -> None:
     cache = filled(first=24, steps=176, policy="streaming", pin_prompt=True)
     full, padded = offsets(cache)
     assert all(own >= set(range(24)) for own in full)
-    assert all(own >= {0, 1} and not own & {3, 4, 5} for own in padded), "its first pass has 2 tokens, in the step to 32"
+    assert all(own >= {0, 1} and not own & {3, 4, 5} for own in padded), (
+        "its first pass has 2 tokens, in the step to 32"
+    )
 
 
 @pytest.mark.parametrize("policy", ["random", "keydiff", "h2o"])

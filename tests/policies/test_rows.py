@@ -10,8 +10,22 @@ from typing import Any
 import pytest
 import torch
 
-from ..conformance.factories import EVICTING, EVICTING_FEW, PAGE, Factory
-from ..conformance.state import FULL, SLIDING, Held, Pairs, feed, feed_in_parts, held, held_bytes, random_pairs
+import hf_kvcompress as kvc
+
+from ..conformance.factories import EVICTING, EVICTING_FEW, PAGE, SMALL, TIGHT, Factory
+from ..conformance.state import (
+    DIM,
+    FULL,
+    HEADS,
+    SLIDING,
+    Held,
+    Pairs,
+    feed,
+    feed_in_parts,
+    held,
+    held_bytes,
+    random_pairs,
+)
 
 every_cache = pytest.mark.parametrize("factory", EVICTING, ids=lambda factory: factory.name)
 few_caches = pytest.mark.parametrize("factory", EVICTING_FEW, ids=lambda factory: factory.name)
@@ -44,7 +58,7 @@ def assert_rows(cache: Any, rows: list[list[Held]]) -> None:
 
 
 @every_cache
-@pytest.mark.parametrize("sizes", [[70], [9, 40, 1, 1, 19]], ids=["at_once", "chunks"])
+@pytest.mark.parametrize("sizes", [[9, 40, 1, 1, 19]], ids=str)
 def test_a_padded_row_keeps_what_it_keeps_alone(factory: Factory, sizes: list[int]) -> None:
     """Padding takes no slot and moves no boundary; each row is judged by its own scores. A row may begin late."""
     lengths = (70, 47, 58)
@@ -84,10 +98,8 @@ def test_a_batch_of_equal_rows_equals_the_rows_alone(factory: Factory) -> None:
 # -- selecting and copying ---------------------------------------------------------------------------------------------
 
 OPERATIONS = {
-    "reorder": (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 1])), [2, 0, 1]),
-    "reorder_with_repeats": (lambda cache: cache.reorder_cache(torch.tensor([0, 2, 2])), [0, 2, 2]),
+    "reorder": (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 2])), [2, 0, 2]),
     "repeat": (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
-    "select": (lambda cache: cache.batch_select_indices(torch.tensor([2, 0])), [2, 0]),
     "select_by_mask": (lambda cache: cache.batch_select_indices(torch.tensor([False, True, True])), [1, 2]),
 }
 
@@ -149,6 +161,23 @@ def filled_with(cache: Any, pairs: Pairs) -> Any:
     return cache
 
 
+@few_caches
+def test_what_is_read_stands_where_it_was(factory: Factory) -> None:
+    """Keys and values as a dense tensor of all positions, zeros where a head holds nothing."""
+    cache = filled(factory, rows=2)
+    dense = [keys_and_values[:2] for keys_and_values in cache]
+    for row in range(2):
+        for kept, (keys, values) in zip(held(cache, row), dense, strict=True):
+            assert keys.shape == values.shape == (2, HEADS, LENGTH, DIM)
+            for head in range(HEADS):
+                at, here = kept.of_head(head), kept.positions[head] >= 0
+                assert torch.equal(keys[row, head, at], kept.keys[head, here])
+                assert torch.equal(values[row, head, at], kept.values[head, here])
+                gone = sorted(set(range(LENGTH)) - set(at))
+                if "demot" not in factory.name and factory.name != "to-host":
+                    assert gone and not keys[row, head, gone].any()
+
+
 # -- bytes -------------------------------------------------------------------------------------------------------------
 
 
@@ -162,12 +191,8 @@ def passes(rows: int) -> Iterator[tuple[Pairs, torch.Tensor]]:
 
 
 @few_caches
-@pytest.mark.parametrize("config", [FULL, SLIDING, None], ids=["full", "sliding", "no_config"])
+@pytest.mark.parametrize("config", [FULL, SLIDING], ids=["full", "sliding"])
 def test_nbytes_is_what_the_tensors_hold(factory: Factory, config: Any) -> None:
-    if config is None and factory.name == "pyramid":
-        with pytest.raises(ValueError, match="layer_budget: expected 'uniform' for a cache made without"):
-            factory(config)
-        return
     cache = factory(config)
     for pairs, mask in passes(2):
         feed(cache, pairs, mask)
@@ -180,3 +205,13 @@ def test_nbytes_is_what_the_tensors_hold(factory: Factory, config: Any) -> None:
     for layer in cache.layers:
         assert layer.dense("key").shape[2] > 0
     assert cache.nbytes == held_bytes(cache), "reading leaves nothing behind"
+
+
+@pytest.mark.parametrize("codec", ["identity", "eqrot4"])
+def test_a_cache_without_a_config_keeps_what_one_with_it_keeps(codec: str) -> None:
+    cache, other = (kvc.CompressedCache(own, codec=codec, policy="h2o", budget=TIGHT, **SMALL) for own in (None, FULL))
+    for pairs, mask in passes(2):
+        for one in (cache, other):
+            feed(one, pairs, mask)
+        assert_rows(cache, [held(other, row) for row in range(2)])
+    assert cache.nbytes == other.nbytes

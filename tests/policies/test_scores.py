@@ -48,6 +48,7 @@ def lanes(name: str, counts: list[int], near: int = 5, seed: int = 0) -> list[li
                     normal(GROUPS * len(asked), DIM) / 2,
                     asked * GROUPS,
                     head,
+                    groups=GROUPS,
                 )
             )
         rows.append(own)
@@ -63,9 +64,14 @@ def candidates(rows: list[list[Lane]]) -> Candidates:
 
     keys, values = pad([lane.keys for lane in flat]), pad([lane.values for lane in flat])
     near = torch.stack([lane.near_keys for lane in flat]), torch.tensor([lane.near_positions for lane in flat])
-    observers = Observers(
-        pad([lane.queries for lane in flat]), pad([torch.tensor(lane.query_positions) for lane in flat], -1)
-    )
+    asked = max(len(lane.queries) for lane in flat) // GROUPS
+    queries = torch.zeros(len(flat), GROUPS, asked, DIM)
+    at = torch.full((len(flat), GROUPS, asked), -1)
+    for number, lane in enumerate(flat):
+        own = len(lane.queries) // GROUPS
+        queries[number, :, :own] = lane.queries.unflatten(0, (GROUPS, own))
+        at[number, :, :own] = torch.tensor(lane.query_positions).view(GROUPS, own)
+    observers = Observers(queries.flatten(1, 2), at.flatten(1, 2), GROUPS)
     return Candidates(
         pad([torch.tensor(lane.positions) for lane in flat], -1),
         HEADS,
@@ -105,7 +111,8 @@ def test_options_do_what_they_say() -> None:
     redundant, attended = (make_policy("rkv", {"weight": weight}).score(known) for weight in (0.0, 1.0))
     torch.testing.assert_close(attended, make_policy("snapkv").score(known))
     torch.testing.assert_close(make_policy("rkv", {"weight": 0.5}).score(known), (redundant + attended) / 2)
-    mean = (row[0][0].queries @ row[0][0].keys.mT).mean(0).softmax(0) + 0.1
+    heads = (row[0][0].queries @ row[0][0].keys.mT).unflatten(0, (GROUPS, -1))
+    mean = heads.mean(1).softmax(-1).mean(0) + 0.1
     first = make_policy("expected", {"use_covariance": False, "epsilon": 0.1}).score(known)[0]
     torch.testing.assert_close(first, mean * row[0][0].values.norm(dim=-1))
     one, two = (make_policy("random", {"seed": seed}).score(known) for seed in (0, 1))
@@ -171,7 +178,8 @@ def test_mass_is_what_eager_attention_pays(draft: bool) -> None:
             longer = [torch.nn.functional.pad(x, (0, 3), value=1) for x in (ids[:, :end], mask[:, :end])]
             at = torch.cat([positions[:, :end], positions[:, end - 1 :][:, :1] + torch.arange(1, 4)], 1)
             fed = slice(start, end + extra)
-            model(longer[0][:, fed], attention_mask=longer[1][:, : end + extra], position_ids=at[:, fed], past_key_values=cache)
+            seen = longer[1][:, : end + extra]
+            model(longer[0][:, fed], attention_mask=seen, position_ids=at[:, fed], past_key_values=cache)
             if draft:
                 cache.crop(-3)
             start = end

@@ -106,7 +106,14 @@ def test_bad_arguments_of_named_classes(make: Any, names: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "text, expected",
-    [("64MB", 64 * 2**20), ("1.5 GB", 3 * 2**29), ("100B", 100), ("2kb", 2048), ("1 TiB", 2**40), (" 3MiB ", 3 * 2**20)],
+    [
+        ("64MB", 64 * 2**20),
+        ("1.5 GB", 3 * 2**29),
+        ("100B", 100),
+        ("2kb", 2048),
+        ("1 TiB", 2**40),
+        (" 3MiB ", 3 * 2**20),
+    ],
 )
 def test_bytes_are_read_in_powers_of_1024(text: str, expected: int) -> None:
     assert parse_bytes(text) == expected
