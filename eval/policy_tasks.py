@@ -248,9 +248,20 @@ def print_passkeys(rows: list[dict[str, Any]]) -> None:
     print(common.table(("kept", "policy", "depth .1 to .9", "found", "first question", "second"), lines))
 
 
+def print_shares(rows: list[dict[str, Any]]) -> None:
+    """A table each, in percent."""
+    for name in dict.fromkeys(row["table"] for row in rows):
+        chosen = [row for row in rows if row["table"] == name]
+        columns = [column for column in chosen[-1] if column not in ("table", "cache", "kept")]
+        lines = [(r["kept"], r["cache"], *(f"{100 * r[c]:.0f}" if c in r else "" for c in columns)) for r in chosen]
+        print(f"\n{name}\n\n{common.table(('kept', 'cache', *columns), lines)}")
+
+
 def main() -> None:
     args = arguments()
     rows = on_recall(args) if args.on == "recall" else on_text(args)
+    if args.on == "recall":
+        print_shares(rows)
     common.write_report(args, rows=rows)
 
 

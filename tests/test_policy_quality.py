@@ -30,7 +30,7 @@ def oracle(task, seed):
     sample = task.make(seed)
     texts = [torch.cat([q, torch.tensor([a])], 1) for q, a in zip(sample.questions, sample.answers, strict=True)]
     full = prefill(model(), DynamicCache(config=model().config), sample, 32)
-    return OraclePolicy(future_attention(model(), full, [torch.cat(texts, 1)] if task.sequential else texts, step=2))
+    return OraclePolicy(future_attention(model(), full, [torch.cat(texts, 1)] if task.sequential else texts, step=4))
 
 
 @cache
@@ -76,8 +76,11 @@ def test_a_score_beats_a_random_choice(policy, task, budget):
     assert share(task, policy, budget) >= share(task, "random", budget) + 0.25
 
 
-@pytest.mark.parametrize("policy", ["streaming", "h2o", "snapkv", "tova", "expected", "keydiff", "rkv", "random"])
-@pytest.mark.parametrize("task", ["dense", "near"])
+@pytest.mark.parametrize(
+    "policy, task",
+    [(policy, "dense") for policy in ("streaming", "h2o", "snapkv", "tova", "expected", "keydiff", "rkv")]
+    + [("rkv", "near"), ("random", "filler")],
+)
 def test_nothing_is_above_the_oracle(policy, task):
     bound = share(task, "oracle", 0.25)
     assert bound >= 0.95  # it keeps what the questions need, so it is no vacuous bound
@@ -117,7 +120,7 @@ def test_a_rule_at_the_start_is_lost_without_a_pin(policy):
     assert with_pin >= without + 0.2
 
 
-@pytest.mark.parametrize("policy, tier", [("streaming", "int4"), ("streaming", "cpu"), ("h2o", "int4"), ("h2o", "cpu")])
+@pytest.mark.parametrize("policy, tier", [("streaming", "cpu"), ("h2o", "int4")])
 def test_a_dormant_needle_is_found_where_tokens_are_demoted(policy, tier):
     assert share("dormant", policy, 0.25) <= 0.6
     assert share("dormant", policy, 0.25, demote_to=tier) >= 0.9

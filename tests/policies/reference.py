@@ -1,4 +1,4 @@
-"""Policies done the slow way: every token is kept, what is evicted is hidden, and scores are written out token by token."""
+"""Policies done the slow way: all tokens are kept, evicted ones hidden, and scores written out token by token."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ class DenseLayer:
         self.keys = self.values = self.queries = torch.empty(0)
 
     def step(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """A pass of queries `[Hq, q, D]`, keys and values `[H, q, D]`; returns its attention `[q, Hq, D]`, then evicts."""
+        """Attend with queries `[Hq, q, D]`, keys and values `[H, q, D]` more, then evict; returns `[q, Hq, D]`."""
         scaled = queries * queries.shape[-1] ** -0.5
         if self.keys.numel() == 0:
             self.keys, self.values, self.queries = keys[:, :0], values[:, :0], scaled[:, :0]

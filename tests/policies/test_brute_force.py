@@ -1,4 +1,4 @@
-"""Every policy against a dense layer that hides what it has evicted: the same tokens stay, the same attention comes out."""
+"""Every policy against a dense layer that hides what it evicts: the same tokens stay, the same attention comes out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`generate` and a user's own loop with caches that evict: every way of generating, turns, drafts, and what is refused."""
+"""`generate` with caches that evict: every way of generating, turns, drafts, and what is refused."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def windows(cache: Any) -> list[int]:
 
 @pytest.mark.parametrize("codec", ["identity", "int4", "eqrot4"])
 def test_bytes_are_those_of_the_tokens_that_are_kept(codec: str) -> None:
-    """No masked eviction: as large as heads that keep equally many, not as if every head kept what the fullest keeps."""
+    """No masked eviction: as large as heads that keep equally many, not as if all kept what the fullest keeps."""
     settings = {"policy": LastHead(), "codec": codec, "recent": 0.0}
     ours = filled(adaptive(head_floor=0.0, **settings))
     (least, most), _ = (layer.counts for layer in held(ours))
