@@ -28,7 +28,7 @@ SHARED = {"sliding": "exact", "page_size": 32}
 
 def arguments() -> argparse.Namespace:
     parser = common.parser(__doc__)
-    parser.set_defaults(policies="h2o,tova,snapkv")
+    parser.set_defaults(policies="h2o,tova")
     parser.add_argument("--text", action="append", help="a UTF-8 file, `prose` or `code`; may be repeated")
     parser.add_argument("--windows", type=int, default=1, help="of each text, evenly spread, without overlap")
     parser.add_argument("--prompt-tokens", type=int, default=4608)
@@ -60,8 +60,8 @@ class Window:
     def ratio(self, cache: Any) -> float:
         return self.whole / common.bytes_of(cache, self.full)
 
-    def budget(self, settings: dict[str, Any], ratio: float) -> int | None:
-        """Tokens whose bytes are 1 / ratio of the uncompressed ones; None if that is fewer, or more, than there are.
+    def budgets(self, settings: dict[str, Any], ratios: list[float]) -> dict[float, int]:
+        """Tokens whose bytes are 1 / ratio of the whole, where there are so many and a layer can hold to it.
 
         Bytes grow evenly with tokens, so two caches say it. They only read the prompt: under a budget in tokens a
         cache that has reached it stays there.
@@ -72,9 +72,9 @@ class Window:
 
         few, many = 256, self.prompt.ids.shape[1] // 2
         low, high = measured(few), measured(many)
-        tokens = round(few + (self.whole / ratio - low) * (many - few) / (high - low))
         least = kvc.LayerConfig(page_size=SHARED["page_size"]).least_budget
-        return tokens if least <= tokens < self.prompt.ids.shape[1] else None
+        tokens = {ratio: round(few + (self.whole / ratio - low) * (many - few) / (high - low)) for ratio in ratios}
+        return {ratio: own for ratio, own in tokens.items() if least <= own < self.prompt.ids.shape[1]}
 
 
 def rows_of(window: Window, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -96,10 +96,8 @@ def rows_of(window: Window, args: argparse.Namespace) -> list[dict[str, Any]]:
     for name in common.names(args):
         for kind, codec in ways:
             own = {**common.policy_settings(name, None, args.learned), "codec": codec}
-            for ratio in map(float, args.ratios.split(",")):
-                tokens = window.budget(own, ratio)
-                if tokens is not None:
-                    add(kind, f"{codec} + {name}" if kind == "both" else name, ratio, {**own, "budget": tokens})
+            for ratio, tokens in window.budgets(own, [float(ratio) for ratio in args.ratios.split(",")]).items():
+                add(kind, f"{codec} + {name}" if kind == "both" else name, ratio, {**own, "budget": tokens})
     return rows
 
 

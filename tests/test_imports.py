@@ -24,7 +24,8 @@ LAYERS = [
     {"tables"},
     {"merging", "tiers"},
     {"compaction"},
-    {"pages", "lanes", "blocks", "lane_statistics", "positions", "window", "observers", "queries", "monitor", "planner", "plans", "footprint", "shapes"},
+    {"planner", "plans", "footprint", "shapes", "pages", "lanes", "blocks", "lane_statistics"}
+    | {"positions", "window", "observers", "queries", "monitor"},
     {"config", "environment"},
     {"codecs", "policies"},
     {"ops", "measure", "softmax", "selection"},

@@ -108,7 +108,7 @@ def test_a_function_that_only_works_index_by_index(model):
 
 
 def test_many_queries_are_taken_in_blocks(model, monkeypatch):
-    monkeypatch.setattr("hf_kvcompress.attention.SCORES", 2 * 4 * 2048 * 5)
+    monkeypatch.setattr("hf_kvcompress.packed_attention.SCORES", 2 * 4 * 2048 * 5)
     mask = torch.ones(2, 48, dtype=torch.long)
     compare(model, IDS, lambda seen, _: mask[:, :seen], (20, 28))
 

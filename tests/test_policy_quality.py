@@ -65,7 +65,6 @@ SEPARATED = [
     ("snapkv", "mentioned", 0.5),
     ("snapkv", "filler", 0.5),
     ("keydiff", "filler", 0.25),
-    ("keydiff", "dormant", 0.25),
     ("rkv", "filler", 0.25),
     ("rkv", "near", 0.25),
 ]

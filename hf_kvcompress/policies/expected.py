@@ -10,8 +10,8 @@ from .base import Candidates, Policy, whole
 class ExpectedAttentionPolicy(Policy):
     """`softmax(mean(q . k) + var(q . k) / 2) * |v|`: the expectation over normally distributed queries.
 
-    Mean and variance are taken for every query head by itself, over its newest queries as they came. The paper turns them
-    on to the next 512 positions first; that made no difference here (docs/decisions.md).
+    Mean and variance are taken for every query head by itself, over its newest queries as they came. The paper turns
+    them on to the next 512 positions first; that made no difference here (docs/decisions.md).
 
     Args:
         n_queries: newest queries that the moments are taken of.

@@ -158,9 +158,13 @@ def test_layer_weights(rule: str | list[float], expected: list[float]) -> None:
 # -- attention mass ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("blocks", [False, True], ids=["whole", "blocks"])
 @pytest.mark.parametrize("draft", [False, True], ids=["plain", "drafts"])
-def test_mass_is_what_eager_attention_pays(draft: bool) -> None:
+def test_mass_is_what_eager_attention_pays(draft: bool, blocks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Summed over queries and query group, padding excluded, however the text is cut and whatever is taken back."""
+    if blocks:  # a few queries at once, as in long passes
+        monkeypatch.setattr("hf_kvcompress.packed_attention.SCORES", 2 * 4 * 2048 * 5)
+        monkeypatch.setattr("hf_kvcompress.mass.SCORES", 2 * 4 * 73 * 9)
     model = tiny_llama()
     ids = torch.randint(0, 256, (2, 120), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
