@@ -22,7 +22,7 @@ from hf_kvcompress.scoring import Score, score
 
 STEP = 32
 TOLERANCE = 0.03
-ALONE = ("int8/int8", "eqrot4/eqrot4", "eqrot4/eqrot3", "eqrot3/eqrot3", "eqrot3/eqrot2", "eqrot2/eqrot2")
+ALONE = ("int8", "eqrot4", "eqrot4/eqrot3", "eqrot3", "eqrot3/eqrot2", "eqrot2")
 SHARED = {"sliding": "exact", "page_size": 32}
 
 
@@ -34,7 +34,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=4608)
     parser.add_argument("--score-tokens", type=int, default=257)
     parser.add_argument("--ratios", default="2,4,8,16")
-    parser.add_argument("--both", default="int8,eqrot4,eqrot3", help="codecs that are joined with eviction")
+    parser.add_argument(
+        "--both",
+        default="eqrot4/eqrot3,eqrot3/eqrot2,eqrot2",
+        help="codecs, or keys/values, that are joined with eviction",
+    )
     return parser.parse_args()
 
 
@@ -77,6 +81,12 @@ class Window:
         return {ratio: own for ratio, own in tokens.items() if least <= own < self.prompt.ids.shape[1]}
 
 
+def codecs_of(name: str) -> dict[str, str]:
+    """Settings for one codec, or for `keys/values`."""
+    keys, _, values = name.partition("/")
+    return {"keys": keys, "values": values or keys}
+
+
 def rows_of(window: Window, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every way of compressing, at every ratio that it reaches."""
     rows: list[dict[str, Any]] = []
@@ -90,12 +100,11 @@ def rows_of(window: Window, args: argparse.Namespace) -> list[dict[str, Any]]:
         print(f"  {kind:8} {name:22} {target:>4}x {rows[-1]['ratio']:6.2f} {rows[-1]['kl']:.4f}", flush=True)
 
     for pair in ALONE:
-        keys, values = pair.split("/")
-        add("quantize", keys if keys == values else pair, 0, {"keys": keys, "values": values})
+        add("quantize", pair, 0, codecs_of(pair))
     ways = [("evict", "identity")] + [("both", codec) for codec in args.both.split(",") if codec]
     for name in common.names(args):
         for kind, codec in ways:
-            own = {**common.policy_settings(name, None, args.learned), "codec": codec}
+            own = {**common.policy_settings(name, None, args.learned), **codecs_of(codec)}
             for ratio, tokens in window.budgets(own, [float(ratio) for ratio in args.ratios.split(",")]).items():
                 add(kind, f"{codec} + {name}" if kind == "both" else name, ratio, {**own, "budget": tokens})
     return rows

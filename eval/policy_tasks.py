@@ -38,7 +38,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--on", choices=("recall", "text"), default="recall")
     parser.add_argument("--weights", help="folder of the recall model; by default the one in the package")
     parser.add_argument("--seeds", type=int, default=16, help="contexts of a task")
-    parser.add_argument("--tables", default="tasks,dormant,rule,questions", help="of the recall model")
+    parser.add_argument("--tables", default="tasks,likelihood,dormant,rule,questions", help="of the recall model")
     parser.add_argument("--fractions", default="0.5,0.25,0.1", help="parts of the tokens that stay")
     parser.add_argument("--tokens", type=int, default=2000, help="of a prompt with a pass key")
     return parser.parse_args()
@@ -71,6 +71,30 @@ def share(model: Any, task: RecallTask, seeds: int, settings: Settings | None) -
 
         right += recall(model, make, task, [seed], step=8)
     return right / seeds
+
+
+def likelihood(model: Any, tasks: Sequence[str], seeds: int, settings: Settings | None) -> dict[str, float]:
+    """Perplexity of the right answers, and KL to the uncompressed model at their places, over all contexts of tasks."""
+    losses, divergences = [], []
+    for task, seed in ((TASKS[name], seed) for name in tasks for seed in range(seeds)):
+        sample = task.make(seed, LENGTH)
+        own = dict(settings or {})
+        if own.get("policy") == common.ORACLE:
+            own |= common.policy_settings(common.ORACLE, recall_future(model, task, sample))
+        caches = [DynamicCache(config=model.config)]
+        if settings is not None:
+            caches.append(kvc.CompressedCache(model.config, **{**RECALL, **own}))
+        caches = [prefill(model, cache, sample, step=8) for cache in caches]
+        for question, answer in zip(sample.questions, sample.answers, strict=True):
+            ids, wanted = torch.cat([question, torch.tensor([answer])], 1), torch.tensor(answer)
+            logs = []
+            for cache in caches:
+                own_cache = cache if task.sequential else copy.deepcopy(cache)
+                logits = model(ids, past_key_values=own_cache).logits[0, -len(answer) - 1 : -1]
+                logs.append(logits.double().log_softmax(-1))
+            losses.append(-logs[-1].gather(1, wanted[:, None])[:, 0])
+            divergences.append((logs[0].exp() * (logs[0] - logs[-1])).sum(-1))
+    return {"ppl": torch.cat(losses).mean().exp().item(), "kl": torch.cat(divergences).mean().item()}
 
 
 def two_questions(model: Any, seeds: int, settings: Settings | None) -> tuple[float, float]:
@@ -117,6 +141,12 @@ def on_recall(args: argparse.Namespace) -> list[dict[str, Any]]:
             for part in parts:
                 for name, settings in {**own, **VARIED}.items():
                     tell("tasks", name, f"{part:.0%}", tasks_of({"budget": part, **settings}, admitted))
+        if "likelihood" in tables:
+            tell("likelihood", "full cache", "100%", likelihood(model, admitted, args.seeds, None))
+            for part in parts:
+                for name in common.names(args):
+                    own = {"budget": part, "policy": name, "policy_options": learned_options(args, name)}
+                    tell("likelihood", name, f"{part:.0%}", likelihood(model, admitted, args.seeds, own))
         for table, task, entrants in (("dormant", "dormant", DORMANT), ("rule", "rule", RULE)):
             for part in parts if table in tables and task in admitted else ():
                 for name, settings in entrants.items():

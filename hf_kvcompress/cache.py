@@ -16,7 +16,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from .config import CacheConfig, LayerConfig, expect
+from .config import CacheConfig, LayerConfig, expect, with_shares
 from .hybrid_layer import CompressedHybridLayer
 from .layer import CompressedLayer
 from .masks import MaskPlan
@@ -94,7 +94,7 @@ class CompressedCache(DynamicCache):
         self._recording_past = False
         self._budgets = self._share_budget(config)
         self.layers = [self._compressed(index, layer) for index, layer in enumerate(self.layers)]
-        self._mark_layers_that_differ()
+        self._mark_layers_that_differ(bool(getattr(config, "is_encoder_decoder", False)))
         if self.settings.budget_bytes is not None:
             self._hand_out_shares(config)
         if config is not None:
@@ -110,7 +110,8 @@ class CompressedCache(DynamicCache):
                 raise expect("layer_budget", "'uniform' for a cache made without the model's config", "another rule")
             return {}
         weights = layer_weights(self.settings.layer_budget, len(evicting))
-        return {i: self.settings.for_layer(i).with_share(weight) for i, weight in zip(evicting, weights, strict=True)}
+        shares = with_shares([self.settings.for_layer(index) for index in evicting], weights)
+        return dict(zip(evicting, shares, strict=True))
 
     def _hand_out_shares(self, config: PreTrainedConfig | None) -> None:
         """Tell every layer how to find its share of a budget in bytes, once the batch is known."""
@@ -128,12 +129,13 @@ class CompressedCache(DynamicCache):
         full = type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer)
         return settings.eviction is not None and (full or sliding and settings.sliding == "evict")
 
-    def _mark_layers_that_differ(self) -> None:
+    def _mark_layers_that_differ(self, encoder_decoder: bool) -> None:
         """One mask serves all layers of a plain attention: it cannot where layers keep different numbers of tokens."""
         packed = [layer for layer in self.packed_layers() if not layer.is_sliding]
         budgets = {(x.budget, x.budget_bytes) if (x := layer.config.eviction) else None for layer in packed}
         for layer in packed:
             layer.stands_alone = len(budgets) > 1 and layer.config.eviction is not None
+            layer.may_be_cross_attention = encoder_decoder
 
     def _compressed(self, index: int, layer: Any) -> Any:
         """Our layer in place of transformers' own where it holds keys and values that can be packed."""

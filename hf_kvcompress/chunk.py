@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .observation import Observation
+from .tiers import Fetched
 
 
 @dataclass
@@ -21,6 +22,7 @@ class Chunk:
     queries: list[torch.Tensor] = field(default_factory=list)  # of every layer that reads these keys, if wanted
     scaling: float = 1.0  # what the model multiplies them with
     observed: Observation | None = None
+    fetched: list[tuple[int, Fetched]] = field(default_factory=list)  # host pages, and the query behind their readers
     attended: bool = False
     watched: bool = False  # the attention at work shows all of the pass's queries
 
@@ -38,4 +40,5 @@ class Chunk:
         if self.kept is not None:
             self.kept = [own[own < left] for own in self.kept]
         self.queries = [queries[:, :, :left] for queries in self.queries]
+        self.fetched = [(stop, pages) for stop, pages in self.fetched if stop <= left]
         return True

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from .codecs.registry import parse
-from .policies.layer_budgets import layer_weights
+from .policies.layer_budgets import layer_weights, share_tokens
 from .policies.settings import HOST, EvictionConfig, parse_bytes
 
 #: keys and values codec of each preset; bits per number at head size 256
@@ -108,16 +108,6 @@ class LayerConfig:
         """Tokens that a layer with a policy can always hold to: what is exact, a page being filled and one sealed."""
         return self.sink_length + self.residual_length + 2 * self.tokens_per_page
 
-    def with_share(self, weight: float) -> LayerConfig:
-        """These settings with `weight` times the budget, within what a layer needs and can use."""
-        eviction = self.eviction
-        if eviction is None or eviction.budget is None or weight == 1:
-            return self
-        scaled = eviction.budget * weight
-        if isinstance(eviction.budget, int):
-            return replace(self, eviction=replace(eviction, budget=max(round(scaled), self.least_budget)))
-        return replace(self, eviction=replace(eviction, budget=min(scaled, 1.0)))
-
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, with the settings of eviction beside the others, as `CacheConfig.make` takes them."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "eviction"}
@@ -209,6 +199,22 @@ class CacheConfig:
         shares = layer_budget if isinstance(layer_budget, str) else tuple(layer_budget)
         layer_weights(shares, 1 if isinstance(shares, str) else len(shares))
         return cls(default, overrides, budget_bytes, shares)
+
+
+def with_shares(layers: Sequence[LayerConfig], weights: Sequence[float]) -> list[LayerConfig]:
+    """The layers with their weight's part of the budget: tokens no fewer than a layer needs, ratios up to 1."""
+    evictions = [layer.eviction for layer in layers]
+    budgets = [None if own is None else own.budget for own in evictions]
+    scaled = [None if b is None else b * weight for b, weight in zip(budgets, weights, strict=True)]
+    counted = [i for i, budget in enumerate(budgets) if isinstance(budget, int)]
+    tokens = share_tokens([scaled[i] or 0.0 for i in counted], [layers[i].least_budget for i in counted])
+    shares: list[int | float | None] = [None if share is None else min(share, 1.0) for share in scaled]
+    for i, share in zip(counted, tokens, strict=True):
+        shares[i] = share
+    return [
+        layer if own is None else replace(layer, eviction=replace(own, budget=share))
+        for layer, own, share in zip(layers, evictions, shares, strict=True)
+    ]
 
 
 #: what scores tokens where a budget is given and no policy

@@ -120,9 +120,9 @@ class Evictor:
                 continue
             own = held[row * self.heads : (row + 1) * self.heads]
             if sum(own) > limit * self.heads or self.settings.uniform_heads and max(own) > limit:
-                alike.setdefault(self._target(limit, pages), []).append(row)
-        for target, rows in alike.items():
-            self._round(storage, pages, rows, target)
+                alike.setdefault(limit, []).append(row)
+        for limit, rows in alike.items():
+            self._round(storage, pages, rows, limit)
 
     def _target(self, limit: int, pages: LanePages) -> int:
         """Tokens to evict down to. Codecs that pack tokens together lose a little each time, so they go less often."""
@@ -130,7 +130,7 @@ class Evictor:
             return limit
         return max(limit - max(limit // 8, pages.page_size), 0)
 
-    def _round(self, storage: Holder, pages: LanePages, rows: list[int], target: int) -> None:
+    def _round(self, storage: Holder, pages: LanePages, rows: list[int], limit: int) -> None:
         own = pages.table(rows)
         back = storage.tail.candidates(rows) if storage.tail is not None else own[:, :0]
         tables = Tables(pages, storage.tail, own, back)
@@ -153,7 +153,9 @@ class Evictor:
             observers=observers,
             layer=self.index,
         )
+        target = self._target(limit, pages)
         order = self._order(storage, rows, self._scores(candidates), tables.positions, target)
+        target = max(target, self._pinned(order, limit))
         keep = self._highest(tables.without_rash_returns(order), len(rows), target) & (order > GONE * _LEVEL / 2)
         rewrite = merged_values(candidates, keep) if self.settings.merge else None
         if storage.tail is None:
@@ -223,6 +225,19 @@ class Evictor:
             self._protect_floor(scores, level, present, target)
         protected = level * _LEVEL + positions
         return torch.where(level == 0, scores, protected).masked_fill_(~present, -math.inf)
+
+    def _pinned(self, order: torch.Tensor, limit: int) -> int:
+        """Pinned tokens of the fullest lane. Raises ValueError if they alone are more than the budget leaves."""
+        if not self.settings.pin and not self.settings.pin_prompt:
+            return 0
+        pinned = int((order >= PINNED * _LEVEL).sum(1).max())
+        if pinned > limit:
+            name = "pin" if self.settings.pin else "pin_prompt"
+            raise ValueError(
+                f"{name}: expected at most {limit} tokens besides sinks and recent ones, for which the budget of layer "
+                f"{self.index} has room, got {pinned}"
+            )
+        return pinned
 
     def _by_lane(self, numbers: list[int], device: torch.device) -> torch.Tensor:
         """A number a row -> `[L, 1]`."""

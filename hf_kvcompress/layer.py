@@ -15,13 +15,14 @@ from transformers.cache_utils import CacheLayerMixin
 
 from .chunk import Chunk
 from .config import LayerConfig
+from .dense_reading import dense, is_compact, positions_read, refuse_plain_attention, tokens_kept
 from .footprint import tokens_for_bytes
 from .handles import LazyTensor
 from .masks import MaskPlan
 from .monitor import Monitor
 from .observation import LONGEST_DRAFT, Observation
-from .reading import read_dense, read_kept
 from .storage import LayerStorage
+from .tiers import Fetched
 
 
 class CompressedLayer(CacheLayerMixin):
@@ -49,10 +50,13 @@ class CompressedLayer(CacheLayerMixin):
         self.share: Callable[[int, torch.dtype], dict[int, int]] | None = None  # batch, dtype -> bytes of every layer
         self.query_heads: int | None = None
         self.stands_alone = False  # other layers hold other tokens, so one mask cannot serve all
+        self.may_be_cross_attention = False
+        self.mask_is_ours = False  # `enable` is on for the model of the pass in flight
         self.plan: MaskPlan | None = None  # of the coming pass, when the "kvcompress" mask function made its mask
 
     # -- staging and committing ----------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)  # what is stored is written in place, in other modes too
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.storage = LayerStorage(
             self.config, key_states, value_states, self.sliding_window, self.index, self.monitor
@@ -90,6 +94,7 @@ class CompressedLayer(CacheLayerMixin):
         Raises ValueError if the batch size changes in mid-cache.
         """
         plan, self.plan = self.plan, None
+        self.mask_is_ours = plan is not None
         self.commit()
         if self.storage is None:
             self.lazy_initialization(key_states, value_states)
@@ -154,11 +159,19 @@ class CompressedLayer(CacheLayerMixin):
                 self.chunk.observed = Observation(draft=self.may_be_cropped)
             self.chunk.observed.add(run, mass)
 
+    def note_fetched(self, pages: Fetched, stop: int) -> None:
+        """Note that queries of the pass before number `stop` read pages of a host tier."""
+        if self.chunk is None:
+            pages.note_read()
+        else:
+            self.chunk.fetched.append((stop, pages))
+
     def finish(self) -> None:
         """The attention is done: commit, unless the pass may yet be cropped and a policy would evict for its sake."""
         if not self.may_be_cropped:
             self.commit()
 
+    @torch.inference_mode(False)
     def commit(self) -> None:
         """Store the pass in flight: drop its padding, append, seal full pages, evict, drop what has left the window."""
         chunk, self.chunk = self.chunk, None
@@ -173,6 +186,8 @@ class CompressedLayer(CacheLayerMixin):
             window.observe(chunk.queries[0], chunk.scaling, chunk.start, chunk.kept)
         if observed is not None:
             observed = observed.total()
+        for _, pages in chunk.fetched:
+            pages.note_read()
         self.storage.append(keys, values, chunk.start, chunk.kept, self.record_past, observed)
 
     # -- reading -------------------------------------------------------------------------------------------------------
@@ -193,71 +208,25 @@ class CompressedLayer(CacheLayerMixin):
     @values.setter
     def values(self, value: torch.Tensor | None) -> None: ...
 
-    @property
-    def _compact(self) -> bool:
-        """Tokens are gone, so that a dense read has only those that stayed, one behind the other."""
-        return self.storage is not None and self.storage.evictor is not None and self.storage.evictor.evicted
-
-    def _kept(self) -> int:
-        """Tokens that one row holds, the pass in flight not counted."""
-        assert self.storage is not None
-        return self.storage.tokens_stored()[0]
-
-    def _refuse_plain_attention(self, why: str | None) -> None:
-        if why is not None:
-            raise RuntimeError(
-                f"layer {self.index}: {why}. Call `hf_kvcompress.enable(model)` first: this model runs an attention "
-                "that does not know compressed caches."
-            )
-
-    def dense_range(self) -> tuple[int, int]:
-        """Positions that a dense read covers: what transformers' own layer of this kind would return."""
-        if self._compact:
-            return self.seen - self._kept() - (0 if self.chunk is None else self.chunk.keys.shape[2]), self.seen
-        if self.sliding_window is None:
-            return 0, self.seen
-        start = self.chunk.start if self.chunk is not None else self.seen
-        return max(start - self.sliding_window + 1, 0), self.seen
-
-    def dense(self, role: str, covered: tuple[int, int] | None = None) -> torch.Tensor:
-        """Keys ("key") or values ("value") of all positions, `[B, H, T, D]` in the model's dtype.
-
-        Once tokens have been evicted: of those left, where one row's heads all hold the same number; else zeros in the
-        places of the others.
-        """
-        assert self.storage is not None
-        chunk = self.chunk
-        ragged = self._compact and self.storage.ragged
-        start, end = (0, self.seen) if ragged else covered or self.dense_range()
-        if self._compact and not ragged:
-            kept = read_kept(self.storage, role)
-            return kept if chunk is None else torch.cat([kept, chunk.of(role).to(kept.dtype)], dim=2)
-        if chunk is None:
-            return read_dense(self.storage, role, start, end)
-        if chunk.start <= start:
-            return chunk.of(role)
-        dense = read_dense(self.storage, role, start, end)
-        dense[:, :, chunk.start - start :] = chunk.of(role)
-        return dense
+    def dense(self, role: str) -> torch.Tensor:
+        """Keys ("key") or values ("value") of all positions, `[B, H, T, D]`, or of those that a policy has kept."""
+        return dense(self, role)
 
     def _lazy(self, role: str) -> LazyTensor:
         assert self.storage is not None
-        covered = self.dense_range()
+        covered = positions_read(self)
         shape = (self.storage.batch, self.storage.heads[role], covered[1] - covered[0], self.storage.dims[role])
         storage = self.storage
         return LazyTensor(shape, storage.dtype, storage.device, lambda: self._read(role, covered), self, role)
 
     def _read(self, role: str, covered: tuple[int, int]) -> torch.Tensor:
-        if self.storage is not None and self.storage.evictor is not None:
-            self._refuse_plain_attention(
-                self.storage.evictor.needs_our_attention(self.storage.batch, self.stands_alone)
-            )
-        dense = self.dense(role, covered)
+        refuse_plain_attention(self)
+        read = dense(self, role, covered)
         if self.chunk is not None:
             self.chunk.read.add(role)
             if len(self.chunk.read) == 2:  # a plain attention has both: no need to hold the chunk until the next pass
                 self.finish()
-        return dense
+        return read
 
     # -- transformers' layer interface ---------------------------------------------------------------------------------
 
@@ -272,9 +241,9 @@ class CompressedLayer(CacheLayerMixin):
         """Length and offset of the positions that `update` will return for `query_length` more tokens."""
         if self.may_be_cropped:
             self.commit()  # a pass that begins takes no draft back
-        if self._compact:
+        if is_compact(self):
             self.commit()
-            past = self._kept()
+            past = tokens_kept(self)
         else:
             past = self.seen if self.sliding_window is None else min(self.seen, self.sliding_window - 1)
         return past + query_length, self.seen - past
@@ -289,6 +258,7 @@ class CompressedLayer(CacheLayerMixin):
     def activate_past_recording(self) -> None:
         self.record_past = True
 
+    @torch.inference_mode(False)
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest `-tokens_to_remove` positions; the rest of a cut page returns to the window, decoded."""
         tokens_to_remove = int(tokens_to_remove)  # older transformers pass a tensor
@@ -350,6 +320,7 @@ class CompressedLayer(CacheLayerMixin):
         if self.storage is not None:
             self.batch_select_indices(torch.arange(self.storage.batch).repeat_interleave(repeats))
 
+    @torch.inference_mode(False)
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Make row i what row `indices[i]` was (indices or a boolean mask), packed as it is."""
         if self.storage is None:

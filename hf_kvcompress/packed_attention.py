@@ -11,10 +11,11 @@ from .codecs.base import Codec, Packed
 from .layer import CompressedLayer
 from .masks import Mask, Slots
 from .mass import chunk_slots, mass_of_run, real_queries
-from .observation import draft_slots
+from .observation import LONGEST_DRAFT, draft_slots
 from .pages import SEGMENT_LENGTH
 from .reading import exact_run, page_runs
 from .softmax import Extras, RunningSoftmax
+from .tiers import Fetched
 
 SCORES = 2**24  # scores that are held at once
 
@@ -29,6 +30,9 @@ def packed_attention(
     # As many queries at once as keep the scores of one slab small; of all tokens, where weights are kept for a policy.
     tokens = max(layer.storage.tokens_stored()) + length if layer.wants_mass else SEGMENT_LENGTH
     at_once = max(SCORES // (batch * query_heads * max(tokens, SEGMENT_LENGTH)), 1)
+    tail = layer.storage.tail
+    if tail is not None and tail.host and length <= LONGEST_DRAFT:
+        at_once = 1  # which host pages a query reads must not depend on later ones: a draft's may yet be taken back
     out = [
         _attend(layer, query[:, :, start : start + at_once], slice(start, start + at_once), mask, scaling, extras)
         for start in range(0, length, at_once)
@@ -60,6 +64,8 @@ def _attend(
         own = q if run.lanes is None else q.flatten(0, 1)[run.lanes].unsqueeze(1)
         scores = run.codecs["key"].scores(own, run.keys)[..., : run.tokens]
         scores = _finish_scores(scores, which, mask, run.slots, extras, groups)
+        if isinstance(run.block, Fetched):
+            layer.note_fetched(run.block, which.stop)
         if run.tokens < run.capacity:
             scores = torch.nn.functional.pad(scores, (0, run.capacity - run.tokens), value=float("-inf"))
         mix = partial(_mix, run.codecs["value"], run.values)

@@ -27,6 +27,11 @@ class Fetched(Block):
 
     origin: list[tuple[Block, torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
+    def note_read(self) -> None:
+        """Let the pages compete for a place in the first tier when the layer next evicts."""
+        for block, lines, pages in self.origin:
+            _bounds(block).hot[lines, pages] = True
+
     def credit(self, mass: torch.Tensor) -> None:
         first = 0
         for block, lines, pages in self.origin:
@@ -185,7 +190,7 @@ class Tail:
         page = self.pages.page_size
         low, high = (keys.masked_fill(empty, value).unflatten(1, (-1, page)) for value in (float("inf"), float("-inf")))
         hot = torch.zeros(len(block.lanes), block.capacity // page, dtype=torch.bool)
-        low, high = (x.to(self.device, torch.bfloat16) for x in (low.amin(2), high.amax(2)))
+        low, high = (_outwards(x, sign).to(self.device) for x, sign in ((low.amin(2), -1), (high.amax(2), 1)))
         return HostBlock(**vars(block), bounds=Bounds(low, high, hot))
 
     def fetch(self, queries: torch.Tensor) -> Fetched | None:
@@ -214,7 +219,6 @@ class Tail:
         for number in where[:, 0].unique().tolist():
             block = self.pages.blocks[number]
             lines, pages = where[where[:, 0] == number, 1:].unbind(1)
-            _bounds(block).hot[lines, pages] = True
             origin.append((block, lines, pages))
             packed = {
                 role: _pages_of(codec, block.packed[role], lines, pages, page)
@@ -245,6 +249,13 @@ class Tail:
 
     def tensors(self) -> Iterator[torch.Tensor]:
         yield from self.pages.tensors()
+
+
+def _outwards(bound: torch.Tensor, sign: int) -> torch.Tensor:
+    """A float32 bound in bfloat16, rounded away from what it bounds: up for sign 1, down for -1."""
+    rounded = bound.to(torch.bfloat16)
+    short = (bound - rounded.float()) * sign > 0
+    return torch.where(short, torch.nextafter(rounded, torch.full_like(rounded, sign * torch.inf)), rounded)
 
 
 def _left(table: torch.Tensor) -> torch.Tensor:

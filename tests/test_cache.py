@@ -9,6 +9,8 @@ from transformers import LlamaConfig
 
 import hf_kvcompress as kvc
 
+from .tiny_model import tiny_llama
+
 CONFIG = LlamaConfig(vocab_size=50, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 
 
@@ -93,3 +95,26 @@ def test_interrupted_and_repeated_use():
     cache.reset()
     assert cache.nbytes == 0 and cache.get_seq_length() == 0
     assert fill(cache).nbytes == before
+
+
+@pytest.mark.parametrize("settings", [{}, {"policy": "h2o", "budget": 60}, {"policy": "snapkv", "budget": 60}], ids=str)
+def test_a_prompt_may_be_read_in_inference_mode_and_continued_without(settings: dict) -> None:
+    """What `inference_mode` makes cannot be written to outside of it, so the storage must not be made there."""
+    model = tiny_llama()
+    ids = torch.randint(0, 256, (2, 150), generator=torch.Generator().manual_seed(0))
+    logits = []
+    for mode in (torch.inference_mode, torch.no_grad):
+        cache = kvc.CompressedCache(model.config, page_size=8, residual_length=8, **settings)
+        with kvc.enable(model):
+            with mode():
+                model(ids[:, :100], past_key_values=cache)
+            with torch.no_grad():
+                model(ids[:, 100:110], past_key_values=cache)
+                cache.reorder_cache(torch.tensor([1, 0]))
+                model(ids[:, 110:130], past_key_values=cache)
+            with torch.inference_mode():
+                out = [model(ids[:, at : at + 1], past_key_values=cache).logits for at in range(130, 140)]
+            with torch.no_grad():
+                logits.append([*out, model(ids[:, 140:], past_key_values=cache).logits])
+    for one, two in zip(*logits, strict=True):
+        assert torch.equal(one, two)

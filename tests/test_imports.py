@@ -16,7 +16,7 @@ LAYERS = [
     {"enable", "attention"},
     {"packed_attention"},
     {"hybrid_layer"},
-    {"layer"},
+    {"layer", "dense_reading"},
     {"chunk"},
     {"reading", "masks", "handles", "mass"},
     {"storage"},

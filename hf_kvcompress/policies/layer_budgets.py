@@ -38,3 +38,24 @@ def layer_weights(rule: str | Sequence[float], layers: int) -> list[float]:
         )
     mean = sum(weights) / layers
     return [weight / mean for weight in weights]
+
+
+def share_tokens(wanted: Sequence[float], least: Sequence[int]) -> list[int]:
+    """Tokens of every layer in proportion to `wanted`, none below its `least`; together at most the sum of `wanted`.
+
+    Raises:
+        ValueError: the layers need more than that.
+    """
+    left, shares, free = sum(wanted), list(least), set(range(len(wanted)))
+    if sum(least) > left:
+        raise ValueError(f"budget: expected at least {sum(least)} tokens over {len(least)} layers, got {left:g}")
+    while free:
+        unit = left / sum(wanted[layer] for layer in free)
+        low = {layer for layer in free if wanted[layer] * unit < least[layer]}
+        if not low:
+            for layer in free:
+                shares[layer] = int(wanted[layer] * unit + 1e-6)
+            break
+        left -= sum(least[layer] for layer in low)
+        free -= low
+    return shares

@@ -15,10 +15,6 @@ from ..conformance.state import FULL, Pairs, feed, feed_in_parts, held, random_p
 from .test_rows import assert_same_row
 
 few_caches = pytest.mark.parametrize("factory", EVICTING_FEW, ids=lambda factory: factory.name)
-#: which pages are read from host memory depends on all queries of a pass, and having been read is not taken back
-caches_that_forget = pytest.mark.parametrize(
-    "factory", [f for f in EVICTING_FEW if f.name != "to-host"], ids=lambda factory: factory.name
-)
 PAIRS = random_pairs(2, 160, seed=2)
 MASK = torch.ones(2, 160, dtype=torch.long)
 MASK[1, :9] = 0
@@ -49,7 +45,7 @@ def assert_same(cache: Any, other: Any, exactly: bool = True) -> None:
         assert torch.equal(one, two)
 
 
-@caches_that_forget
+@few_caches
 @pytest.mark.parametrize("drafted", [1, 30])
 def test_a_draft_that_is_taken_back_leaves_no_trace(factory: Factory, drafted: int) -> None:
     cache, other = (fed(factory(FULL), 40, 61) for _ in range(2))
@@ -65,7 +61,7 @@ def test_a_draft_that_is_taken_back_leaves_no_trace(factory: Factory, drafted: i
             one.commit()
 
 
-@caches_that_forget
+@few_caches
 def test_the_part_of_a_draft_that_stays_is_as_if_it_came_alone(factory: Factory) -> None:
     cache, other = (fed(factory(FULL), 40, 61) for _ in range(2))
     cache.activate_past_recording()

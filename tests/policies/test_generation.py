@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache
 
 import hf_kvcompress as kvc
 
 from ..conformance.factories import EVICTING_FEW, KVCOMPRESS, SMALL, TIGHT, Factory
 from ..conformance.generation import MODES, NEW_TOKENS, generate
 from ..conformance.helpers import BY_NAME, TOLERANCE, assert_same, attention, maker
-from ..conformance.prompts import text_ids
+from ..conformance.prompts import prompt, text_ids
 from ..conformance.state import held
 from ..conformance.zoo import VOCAB, Entry
 
@@ -178,3 +178,22 @@ def test_policies_that_want_no_queries_evict_under_a_plain_attention(policy: str
         assert (text[-1] - expected).abs().max().item() <= 10 * TOLERANCE
     assert [layer.positions.tolist() for layer in held(cache)] == [layer.positions.tolist() for layer in held(other)]
     assert max(held(cache)[0].counts) <= 40
+
+
+def test_the_tokens_of_an_encoder_are_not_evicted_by_a_plain_attention() -> None:
+    """It cannot tell them from the decoder's own; `enable` can, and leaves them whole."""
+    entry = BY_NAME["whisper"]
+    with attention(entry, "sdpa") as model:
+        inputs = prompt(entry, (37,))
+        parts = (kvc.CompressedCache(model.config, policy="streaming", budget=TIGHT, **SMALL) for _ in range(2))
+        with pytest.raises(RuntimeError, match=r"encoder's text.*Call `hf_kvcompress.enable\(model\)` first"):
+            model.generate(**inputs, past_key_values=EncoderDecoderCache(*parts), max_new_tokens=3)
+
+
+def test_a_model_that_expands_what_it_caches_says_so() -> None:
+    """Its attention is ours, so the way out cannot be to enable it."""
+    with attention(BY_NAME["deepseek_v3"], KVCOMPRESS) as model:
+        cache = kvc.CompressedCache(model.config, policy="h2o", budget=TIGHT, **SMALL)
+        with pytest.raises(RuntimeError, match=r"layer 0: .*expands what it caches.*needs no queries") as error:
+            model.generate(text_ids(1, 50), past_key_values=cache, max_new_tokens=3)
+        assert "enable" not in str(error.value)

@@ -115,9 +115,11 @@ def test_layers_of_a_pyramid_fall_with_depth() -> None:
         feed(cache, [tuple(torch.randn(2, 1, 2, 60, DIM, generator=generator)) for _ in range(6)])
     counts = [layer.counts[0] for layer in held(cache)]
     assert counts == sorted(counts, reverse=True) and len(set(counts)) == 6
-    assert counts[0] <= 180 and counts[-1] <= max(20, SINKS + RESIDUAL + 2 * PAGE)
+    assert counts[0] <= 178 and counts[-1] <= SINKS + RESIDUAL + 2 * PAGE
     budgets = [layer.config.eviction.budget for layer in cache.layers]
-    assert budgets == [180, 148, 116, 84, 52, 26]
+    least = SINKS + RESIDUAL + 2 * PAGE
+    assert budgets == [178, 146, 114, 83, 51, least]  # 180, 148 ... 52, 20, less what the last layer needs besides
+    assert 594 < sum(budgets) <= 600
     sizes = [kvc.tensor_bytes([layer]) for layer in cache.layers]
     assert sizes == sorted(sizes, reverse=True)
 

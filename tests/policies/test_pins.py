@@ -110,3 +110,19 @@ def test_chunks_go_or_stay_together(policy: str, size: int) -> None:
             split = [chunk for chunk in chunks if chunk & own and not chunk <= own]
             assert len(split) <= 1
             assert len(own) > 40
+
+
+@pytest.mark.parametrize("codec", ["identity", "kivi4"])
+def test_pins_fill_the_budget_to_its_last_token(codec: str) -> None:
+    """Codecs that pack tokens together evict some in advance: not at the cost of pins."""
+    sealed = 64 - SINKS - RESIDUAL - SMALL["page_size"] + 1
+    cache = filled(policy="random", pin=[(20, 20 + sealed)], codec=codec, budget=64, group_size=SMALL["page_size"])
+    for lanes in offsets(cache):
+        for own in lanes:
+            assert own >= set(range(20, 20 + sealed))
+
+
+@pytest.mark.parametrize("name, pin", [("pin", {"pin": [(10, 70)]}), ("pin_prompt", {"pin_prompt": True})])
+def test_pins_that_the_budget_cannot_hold_are_refused(name: str, pin: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"{name}: expected at most 4\d tokens .*layer 0.*got \d\d"):
+        filled(policy="h2o", budget=64, **pin)

@@ -236,7 +236,7 @@ def test_named_classes_set_what_their_papers_do() -> None:
     assert kvc.RKVCache(CONFIG, buffer_length=64).settings.default.residual_length == 64
     assert kvc.PyramidKVCache(CONFIG).settings.layer_budget == "pyramid:20"
     first, last = (layer.config.eviction.budget for layer in kvc.PyramidKVCache(CONFIG).layers)
-    assert (first, last) == (1997, 100), "1024 * (2 - 1 / 20), and the least that a layer needs"
+    assert (first, last) == (1948, 100), "1024 * (2 - 1 / 20) less what lifts the last to the least a layer needs"
 
 
 # -- a policy of one's own ---------------------------------------------------------------------------------------------
