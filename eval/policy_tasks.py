@@ -193,6 +193,11 @@ QUESTIONS: dict[str, Settings] = {
 }
 
 
+DEMOTED: dict[str, Settings] = {
+    f"h2o, demoted to {to}": {"policy": "h2o", "demote_to": to, "fetch_pages": 8} for to in ("int2", "eqrot2", "cpu")
+}
+
+
 # -- a real model --------------------------------------------------------------------------------------------------
 
 
@@ -215,8 +220,8 @@ def on_text(args: argparse.Namespace) -> list[dict[str, Any]]:
             future = prompt.future([answered], step=1)
             rows.append({"table": "passkey", "cache": "full cache", "kept": 1.0, "depth": depth, "found": exact})
             for part in map(float, args.fractions.split(",")):
-                for name in common.names(args):
-                    own = common.policy_settings(name, future, args.learned)
+                scored = {n: common.policy_settings(n, future, args.learned) for n in common.names(args)}
+                for name, own in {**scored, **DEMOTED}.items():
                     settings = {**TEXT, **own, "budget": part, "sliding": "exact"}
                     got, _ = found(lambda settings=settings: kvc.CompressedCache(model.config, **settings))
                     rows.append({"table": "passkey", "cache": name, "kept": part, "depth": depth, "found": got})
@@ -279,11 +284,13 @@ def print_passkeys(rows: list[dict[str, Any]]) -> None:
 
 
 def print_shares(rows: list[dict[str, Any]]) -> None:
-    """A table each, in percent."""
+    """A table each: shares in percent, likelihoods as they are."""
     for name in dict.fromkeys(row["table"] for row in rows):
         chosen = [row for row in rows if row["table"] == name]
         columns = [column for column in chosen[-1] if column not in ("table", "cache", "kept")]
-        lines = [(r["kept"], r["cache"], *(f"{100 * r[c]:.0f}" if c in r else "" for c in columns)) for r in chosen]
+        shape, unit = ("{:.3g}", 1) if name == "likelihood" else ("{:.0f}", 100)
+        cells = [[shape.format(unit * r[c]) if c in r else "" for c in columns] for r in chosen]
+        lines = [(r["kept"], r["cache"], *own) for r, own in zip(chosen, cells, strict=True)]
         print(f"\n{name}\n\n{common.table(('kept', 'cache', *columns), lines)}")
 
 

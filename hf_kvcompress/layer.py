@@ -8,7 +8,8 @@ lazy tensors have been read, or before the next operation on the layer.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -23,6 +24,20 @@ from .monitor import Monitor
 from .observation import LONGEST_DRAFT, Observation
 from .storage import LayerStorage
 from .tiers import Fetched
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _in_the_storage_s_mode(method: Method) -> Method:
+    """Write where it is allowed: tensors are made outside inference mode, unless the cache was copied within it."""
+
+    @wraps(method)
+    def inner(self: CompressedLayer, *args: Any, **kwargs: Any) -> Any:
+        copied = self.storage is not None and self.storage.window.keys.is_inference()
+        with torch.inference_mode(copied):
+            return method(self, *args, **kwargs)
+
+    return cast(Method, inner)
 
 
 class CompressedLayer(CacheLayerMixin):
@@ -56,7 +71,7 @@ class CompressedLayer(CacheLayerMixin):
 
     # -- staging and committing ----------------------------------------------------------------------------------------
 
-    @torch.inference_mode(False)  # what is stored is written in place, in other modes too
+    @_in_the_storage_s_mode
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.storage = LayerStorage(
             self.config, key_states, value_states, self.sliding_window, self.index, self.monitor
@@ -171,7 +186,7 @@ class CompressedLayer(CacheLayerMixin):
         if not self.may_be_cropped:
             self.commit()
 
-    @torch.inference_mode(False)
+    @_in_the_storage_s_mode
     def commit(self) -> None:
         """Store the pass in flight: drop its padding, append, seal full pages, evict, drop what has left the window."""
         chunk, self.chunk = self.chunk, None
@@ -258,7 +273,7 @@ class CompressedLayer(CacheLayerMixin):
     def activate_past_recording(self) -> None:
         self.record_past = True
 
-    @torch.inference_mode(False)
+    @_in_the_storage_s_mode
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest `-tokens_to_remove` positions; the rest of a cut page returns to the window, decoded."""
         tokens_to_remove = int(tokens_to_remove)  # older transformers pass a tensor
@@ -320,7 +335,7 @@ class CompressedLayer(CacheLayerMixin):
         if self.storage is not None:
             self.batch_select_indices(torch.arange(self.storage.batch).repeat_interleave(repeats))
 
-    @torch.inference_mode(False)
+    @_in_the_storage_s_mode
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Make row i what row `indices[i]` was (indices or a boolean mask), packed as it is."""
         if self.storage is None:

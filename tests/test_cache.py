@@ -1,5 +1,6 @@
 """What a cache tells of itself: bytes, statistics, settings, errors, broken numbers."""
 
+import copy
 import io
 import json
 
@@ -112,6 +113,8 @@ def test_a_prompt_may_be_read_in_inference_mode_and_continued_without(settings: 
                 model(ids[:, 100:110], past_key_values=cache)
                 cache.reorder_cache(torch.tensor([1, 0]))
                 model(ids[:, 110:130], past_key_values=cache)
+            with mode():
+                cache = copy.deepcopy(cache)
             with torch.inference_mode():
                 out = [model(ids[:, at : at + 1], past_key_values=cache).logits for at in range(130, 140)]
             with torch.no_grad():
