@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_kvcompress as kvc
-from hf_kvcompress.attention import kvcompress_attention
 from hf_kvcompress.environment import devices, versions
 from hf_kvcompress.integrations.demo_model import demo_model
-from hf_kvcompress.layer import CompressedLayer
 from hf_kvcompress.policies.registry import POLICIES
-from hf_kvcompress.scoring import read_text, standard_text
-from hf_kvcompress.scoring.oracle import AttentionCall, FutureAttention, OraclePolicy, future_attention, watching
+from hf_kvcompress.scoring import load_text, text_windows
+from hf_kvcompress.scoring.oracle import FutureAttention, OraclePolicy
+from hf_kvcompress.scoring.replay import Prompt
+
+__all__ = ["Prompt"]  # the scripts take it from here
 
 ORACLE = "oracle"
 #: every policy that needs no file of weights, and the bounds around them
@@ -69,62 +70,13 @@ def windows(texts: Sequence[str], tokenizer: Any, number: int, length: int) -> l
     They are spread evenly over the text and do not overlap; each begins with the tokenizer's special tokens.
     """
     found = []
-    prefix = tokenizer("")["input_ids"]
-    size = length - len(prefix)
-    for name in texts:
-        text = standard_text(name) if name in ("prose", "code") else read_text(name)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        pieces = len(ids) // size
-        if pieces < number:
-            raise SystemExit(f"windows: expected at most {pieces} of {size} tokens in {name}, got {number}")
-        for index in range(number):
-            start = index * (pieces - 1) // max(number - 1, 1) * size
-            found.append((Path(name).stem, index, torch.tensor([prefix + ids[start : start + size]])))
+    try:
+        for name in texts:
+            ids = text_windows(tokenizer, load_text(name), number, length)
+            found += [(Path(name).stem, index, window) for index, window in enumerate(ids)]
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     return found
-
-
-class Prompt:
-    """A prompt `[1, T]` that the model reads once; what its layers computed can then be shown to any number of caches.
-
-    Its last token is left to the caller: a cache from `into` has seen all the others, as if they had been prefilled
-    through it, and has evicted what it wanted to.
-    """
-
-    def __init__(self, model: Any, ids: torch.Tensor):
-        self.model, self.ids = model, ids.to(model.device)
-        self.calls: list[AttentionCall] = []
-        with torch.inference_mode(), watching(model, self.calls.append):
-            model.base_model(
-                input_ids=self.ids[:, :-1], past_key_values=DynamicCache(config=model.config), use_cache=True
-            )
-
-    @property
-    def last(self) -> torch.Tensor:
-        return self.ids[:, -1:]
-
-    @torch.inference_mode()
-    def into(self, cache: Any) -> Any:
-        """Put all but the last token into an empty cache; returns the cache."""
-        for call in self.calls:
-            keys, values = cache.update(call.key, call.value, call.layer)
-            layer = cache.layers[call.layer]
-            if not isinstance(layer, CompressedLayer):
-                continue
-            if layer.is_sliding and layer.config.sliding != "evict":  # its attention tells nobody anything
-                layer.observe_queries(call.query, call.scaling)
-                layer.commit()
-            else:
-                kvcompress_attention(
-                    call.module, call.query, keys, values, call.mask, scaling=call.scaling, **call.extras
-                )
-        return cache
-
-    @torch.inference_mode()
-    def future(self, texts: Sequence[torch.Tensor], step: int = 32) -> FutureAttention:
-        """Attention that texts `[1, q]` which follow the prompt, each in a way of its own, pay to what comes before."""
-        cache = self.into(DynamicCache(config=self.model.config))
-        self.model.base_model(input_ids=self.last, past_key_values=cache, use_cache=True)
-        return future_attention(self.model, cache, texts, step)
 
 
 def full_layers(config: Any) -> list[int]:

@@ -1,9 +1,14 @@
 """Compressed key-value caches for Hugging Face transformers."""
 
 from .cache import CompressedCache
+from .calibrating import calibrate
+from .calibration import Calibration
+from .clustered.tracker import PageSimilarityTracker
 from .codecs.registry import codec_names
 from .config import PRESETS, CacheConfig, LayerConfig
+from .cpac import CPACCache
 from .enable import disable, enable
+from .hierarchical import HierarchicalCache
 from .measure import tensor_bytes
 from .monitor import ReconstructionError
 from .planner import plan
@@ -27,6 +32,7 @@ from .strategies import (
     SnapKVCache,
     StreamingLLMCache,
     TOVACache,
+    TransformCache,
     TurboQuantCache,
     VideoCache,
 )
@@ -36,8 +42,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaKVCache",
+    "CPACCache",
     "CacheConfig",
     "CacheStats",
+    "Calibration",
     "Candidates",
     "CompressedCache",
     "EqRotCache",
@@ -45,12 +53,14 @@ __all__ = [
     "ExpectedAttentionCache",
     "FP8Cache",
     "H2OCache",
+    "HierarchicalCache",
     "Int8Cache",
     "KIVICache",
     "KeyDiffCache",
     "LayerConfig",
     "LearnedCache",
     "PRESETS",
+    "PageSimilarityTracker",
     "Plan",
     "Policy",
     "PyramidKVCache",
@@ -60,8 +70,10 @@ __all__ = [
     "SnapKVCache",
     "StreamingLLMCache",
     "TOVACache",
+    "TransformCache",
     "TurboQuantCache",
     "VideoCache",
+    "calibrate",
     "codec_names",
     "disable",
     "enable",

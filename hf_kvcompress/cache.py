@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,11 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from .calibration import Calibration
 from .config import CacheConfig, LayerConfig, expect, with_shares
+from .contexts import context_of
+from .fingerprints import of_model
+from .guard import GuardEvent, QualityGuard
 from .hybrid_layer import CompressedHybridLayer
 from .layer import CompressedLayer
 from .masks import MaskPlan
@@ -24,6 +29,7 @@ from .measure import tensor_bytes
 from .monitor import Monitor, ReconstructionError
 from .planner import ByteShares
 from .policies.layer_budgets import layer_weights
+from .portable import Portable
 from .stats import CacheStats, LayerStats
 
 
@@ -50,7 +56,7 @@ class _Offset(int):
     begin_forward: Any
 
 
-class CompressedCache(DynamicCache):
+class CompressedCache(Portable, DynamicCache):
     """A `DynamicCache` that packs keys and values into few bits, for `generate(past_key_values=...)`.
 
     Works under any attention; with `enable(model)` packed pages are read directly and padding takes no room. The
@@ -64,6 +70,9 @@ class CompressedCache(DynamicCache):
         layers: settings of single layers, `{5: {"codec": "int8"}}`.
         layer_budget: how the layers that evict share the budget: "uniform", "pyramid" or one weight each.
         monitor: measure `reconstruction_error` on sampled pages and name layers with NaN or infinity.
+        quality_guard: relative error of a layer's attention output, sampled as pages are sealed, beyond which the layer
+            is packed with more bits from then on; `events` tells of it.
+        calibration: what `kvcompress calibrate` learned of the model, for the codecs that need it: a file or an object.
         settings: the fields of `LayerConfig` (page_size, group_size, residual_length, sink_length, sliding) and, to
             keep only some tokens, those of `EvictionConfig` (policy, budget, max_tokens, recent, pin, demote_to ...).
 
@@ -80,6 +89,8 @@ class CompressedCache(DynamicCache):
         layers: Mapping[int | str, Mapping[str, Any]] | None = None,
         layer_budget: str | Sequence[float] = "uniform",
         monitor: bool | Monitor = False,
+        quality_guard: float | None = None,
+        calibration: str | Path | Calibration | None = None,
         **settings: Any,
     ):
         if config is not None and not isinstance(config, PreTrainedConfig):
@@ -91,9 +102,18 @@ class CompressedCache(DynamicCache):
             preset=preset, codec=codec, layers=layers, num_layers=num_layers, layer_budget=layer_budget, **settings
         )
         self.monitor = Monitor() if monitor is True else (monitor or None)
+        if quality_guard is not None:
+            self.monitor = QualityGuard(quality_guard)
+        self.fingerprint = of_model(config)
         self._recording_past = False
         self._budgets = self._share_budget(config)
+        self.calibration = None if calibration is None else Calibration.open(calibration)
+        if config is None:
+            for layer in (self.settings.default, *self.settings.layers.values()):
+                context_of(None, 0, layer)
         self.layers = [self._compressed(index, layer) for index, layer in enumerate(self.layers)]
+        for packed in self.packed_layers() if config is not None else ():
+            packed.context = context_of(config, packed.index, packed.config, self.calibration)
         self._mark_layers_that_differ(bool(getattr(config, "is_encoder_decoder", False)))
         if self.settings.budget_bytes is not None:
             self._hand_out_shares(config)
@@ -169,6 +189,15 @@ class CompressedCache(DynamicCache):
             layer.activate_past_recording()
         self.layers[index] = layer
         return layer
+
+    def _grow(self, kinds: Sequence[str]) -> None:
+        """Make the layers that a cache without a config had, by the names of their classes."""
+        for index, kind in enumerate(kinds):
+            if "Linear" in kind or "Hybrid" in kind:
+                self._layer(index, LinearAttentionLayer)
+            if "Compressed" in kind:
+                self._layer(index)
+        self.layers += [EmptyLayer() for _ in kinds[len(self.layers) :]]
 
     def activate_past_recording(self) -> None:
         """Keep what `crop` may take back, until it is called."""
@@ -246,6 +275,11 @@ class CompressedCache(DynamicCache):
         """Bytes of the storage of every tensor held, metadata and allocated slack included."""
         self.commit()
         return tensor_bytes(self.layers)
+
+    @property
+    def events(self) -> list[GuardEvent]:
+        """Layers that the quality guard has sent one level back, in the order in which it happened."""
+        return self.monitor.events if isinstance(self.monitor, QualityGuard) else []
 
     @property
     def reconstruction_error(self) -> dict[int, dict[str, ReconstructionError]]:

@@ -10,15 +10,19 @@ def build() -> Any:
     """The typer application with all subcommands."""
     import typer
 
+    from .commands.calibrate import calibrate
     from .commands.demo import demo
     from .commands.doctor import doctor
+    from .commands.evaluate import evaluate
     from .commands.plan import plan
     from .commands.train_policy import train_policy
     from .commands.tune import tune
 
     app = typer.Typer(help="Compressed key-value caches for transformers.", no_args_is_help=True, add_completion=False)
+    app.command()(calibrate)
     app.command()(demo)
     app.command()(doctor)
+    app.command("eval")(evaluate)
     app.command()(plan)
     app.command()(tune)
     app.command("train-policy")(train_policy)

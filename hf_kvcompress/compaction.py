@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from .blocks import Block
 from .codecs.base import Packed
-from .lanes import INSIDE, LINE, LINE_COST, LanePages
+from .lanes import LINE, LINE_COST, LanePages
+from .ops.gather import Layout, gather_tokens
 
 AT_ONCE = 1 << 23  # numbers that are unpacked at once
 
@@ -128,34 +129,30 @@ def _cut(lane: torch.Tensor, epoch: torch.Tensor, page: int) -> tuple[list[Line]
 def _gather(pages: LanePages, lines: list[Line], source: torch.Tensor) -> Block:
     block = pages.new_block([lane for lane, _, _ in lines], [epoch for _, epoch, _ in lines], source.shape[1])
     block.counts = [count for _, _, count in lines]
-    block.positions.copy_(pages.look_up("positions", source, -1))
+    layouts = {"positions": Layout(absent=-1)}
     if block.mass is not None:
-        block.mass.copy_(pages.look_up("mass", source, 0.0))
+        layouts["mass"] = Layout(absent=0.0)
+    whole = [role for role, codec in pages.codecs.items() if codec.token_wise]
+    for role in whole:
+        layouts |= {f"{role} {name}": layout for name, layout in pages.codecs[role].layouts.items()}
+    parts = [_fields(old, layouts) for old in pages.blocks]
+    gather_tokens(parts, layouts, pages.flat(source).to(pages.device), pages.page_size, out=_fields(block, layouts))
     step = max(AT_ONCE // (source.shape[1] * pages.codecs["key"].dim), 1)
-    for start in range(0, len(lines), step):
-        part = source[start : start + step]
-        for role, codec in pages.codecs.items():
-            picked = _pick(pages, role, part) if codec.token_wise else _pack_again(pages, role, part, block, start)
-            for name, entry in picked.items():
+    for role in pages.codecs.keys() - set(whole):
+        for start in range(0, len(lines), step):
+            part = source[start : start + step]
+            for name, entry in _pack_again(pages, role, part, block, start).items():
                 block.packed[role][name][start : start + len(part)] = entry
     return block
 
 
-def _pick(pages: LanePages, role: str, source: torch.Tensor) -> Packed:
-    """The packed tokens in `source` `[n, T]`; places without one are copies of some other token."""
-    needed = (source[source >= 0] >> LINE).unique()
-    parts, local = [], torch.zeros(int(needed.max()) + 1, dtype=torch.long)
-    first = tokens = 0
-    for block in pages.blocks:
-        own = needed[(needed >= first) & (needed < first + len(block.lanes))]
-        if len(own):
-            index = (own - first).to(pages.device)
-            parts.append({name: t.index_select(0, index) for name, t in block.packed[role].items()})
-            local[own] = tokens + torch.arange(len(own)) * block.capacity
-            tokens += len(own) * block.capacity
-        first += len(block.lanes)
-    at = local[source.clamp(min=0) >> LINE] + (source & INSIDE)
-    return pages.codecs[role].gather(parts, at.masked_fill_(source < 0, 0).to(pages.device))
+def _fields(block: Block, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Some of a block's tensors by name, those of a role as "role field"."""
+    every = {f"{role} {name}": tensor for role, packed in block.packed.items() for name, tensor in packed.items()}
+    every["positions"] = block.positions
+    if block.mass is not None:
+        every["mass"] = block.mass
+    return {name: every[name] for name in names}
 
 
 def _pack_again(pages: LanePages, role: str, source: torch.Tensor, block: Block, start: int) -> Packed:
@@ -167,6 +164,11 @@ def _pack_again(pages: LanePages, role: str, source: torch.Tensor, block: Block,
     dense = torch.where((source < 0).to(dense.device)[..., None], last[:, None], dense)
     epochs = torch.tensor(block.epochs[start : start + len(source)], device=dense.device)
     segment = pages.statistics.of(role, epochs)
+    if role == "key":
+        lanes = block.lanes[start : start + len(source)]
+        segment |= {
+            name: at[:, 0, 0] for name, at in pages.places(lanes, pages.look_up("positions", source, -1)).items()
+        }
     return pages.codecs[role].encode(dense, segment)
 
 

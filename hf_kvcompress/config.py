@@ -100,8 +100,9 @@ class LayerConfig:
                 f"{self.residual_length} and a page of {self.tokens_per_page}, twice",
                 eviction.budget,
             )
-        if eviction.demote_to not in (None, HOST):
-            _codec("demote_to", eviction.demote_to)
+        for tier in eviction.tiers:
+            if tier != HOST:
+                _codec("demote_to", tier)
 
     @property
     def least_budget(self) -> int:

@@ -14,9 +14,9 @@ from .config import LayerConfig
 from .lanes import LanePages
 from .merging import merged_values
 from .observers import QueryWindow
+from .ops.select import highest
 from .pages import PageStore
 from .policies.base import Candidates
-from .selection import highest
 from .tables import Tables
 from .tiers import Tail
 from .window import ExactWindow
@@ -109,20 +109,34 @@ class Evictor:
     # -- rounds --------------------------------------------------------------------------------------------------------
 
     def evict(self, storage: Holder) -> None:
-        """Bring every row that holds too much back to its budget."""
+        """Bring every row that holds too much back to its budget, tier by tier."""
         pages = storage.pages
         assert isinstance(pages, LanePages)
+        limits = [self.sealed_tokens(storage.seen_by(row)) for row in range(storage.batch)]
+        for limit, rows in self._too_full(pages.held, limits).items():
+            self._round(storage, pages, storage.tail, rows, limit)
+        tiers = [] if storage.tail is None else storage.tail.chain()
+        for tail, budget in zip(tiers, self.settings.tier_budgets, strict=True):
+            if budget is None or tail.is_settled:
+                continue
+            limits = [_part(budget, storage.seen_by(row)) for row in range(storage.batch)]
+            for limit, rows in self._too_full(tail.held(), limits).items():
+                if tail.host:
+                    tail.hold_to(rows, limit)
+                else:
+                    self._round(storage, tail.pages, tail.beyond, rows, limit)
+            tail.settled = list(tail.pages.blocks)
+
+    def _too_full(self, held: Sequence[int], limits: Sequence[int | None]) -> dict[int, list[int]]:
+        """Rows whose lanes hold too much, by what a lane may hold; `held` has a number a lane, `limits` one a row."""
         alike: dict[int, list[int]] = {}
-        held = pages.held
-        for row in range(storage.batch):
-            limit = self.sealed_tokens(storage.seen_by(row))
+        for row, limit in enumerate(limits):
+            own = held[row * self.heads : (row + 1) * self.heads]
             if limit is None:
                 continue
-            own = held[row * self.heads : (row + 1) * self.heads]
             if sum(own) > limit * self.heads or self.settings.uniform_heads and max(own) > limit:
                 alike.setdefault(limit, []).append(row)
-        for limit, rows in alike.items():
-            self._round(storage, pages, rows, limit)
+        return alike
 
     def _target(self, limit: int, pages: LanePages) -> int:
         """Tokens to evict down to. Codecs that pack tokens together lose a little each time, so they go less often."""
@@ -130,10 +144,11 @@ class Evictor:
             return limit
         return max(limit - max(limit // 8, pages.page_size), 0)
 
-    def _round(self, storage: Holder, pages: LanePages, rows: list[int], limit: int) -> None:
+    def _round(self, storage: Holder, pages: LanePages, tail: Tail | None, rows: list[int], limit: int) -> None:
+        """Let the rows' tokens in `pages` and in the tier below compete for `limit` places a lane in the upper one."""
         own = pages.table(rows)
-        back = storage.tail.candidates(rows) if storage.tail is not None else own[:, :0]
-        tables = Tables(pages, storage.tail, own, back)
+        back = tail.candidates(rows) if tail is not None else own[:, :0]
+        tables = Tables(pages, tail, own, back)
         first = self._by_lane([storage.first_position(row) for row in rows], tables.positions.device)
 
         def context() -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,24 +170,24 @@ class Evictor:
         )
         target = self._target(limit, pages)
         order = self._order(storage, rows, self._scores(candidates), tables.positions, target)
-        target = max(target, self._pinned(order, limit))
-        keep = self._highest(tables.without_rash_returns(order), len(rows), target) & (order > GONE * _LEVEL / 2)
+        if pages is storage.pages:
+            target = max(target, self._pinned(order, limit))
+        clear = round(target * (1 - self.settings.hysteresis)) if self.settings.hysteresis else None
+        competing = tables.without_rash_returns(order, clear)
+        keep = self._highest(competing, len(rows), target) & (order > GONE * _LEVEL / 2)
         rewrite = merged_values(candidates, keep) if self.settings.merge else None
-        if storage.tail is None:
+        if tail is None:
             compact(pages, rows, own, keep.cpu(), rewrite)
+            pages.holes = False
         else:
-            self._move(pages, storage.tail, rows, tables, order, keep)
+            self._move(pages, tail, rows, tables, order, keep)
         self.evicted = True
 
     def _move(
         self, pages: LanePages, tail: Tail, rows: list[int], tables: Tables, order: torch.Tensor, keep: torch.Tensor
     ) -> None:
-        """What loses its place in the first tier goes to the tail, what wins one comes back, the rest is dropped."""
+        """What loses its place in the upper tier goes to the lower one, what wins one comes back."""
         stays = ~keep & (order > GONE * _LEVEL / 2) & (tables.positions >= 0)
-        most = self.settings.demote_budget
-        if most is not None and not tail.host:
-            ranked = order.masked_fill(~stays, -math.inf)
-            stays &= highest(ranked, most)
         keep, stays = keep.cpu(), stays.cpu()
         tail.demote(pages, rows, tables.own.masked_fill(~stays, -1))
         back = tables.back.masked_fill(~keep, -1)
@@ -181,8 +196,6 @@ class Evictor:
         compact(pages, rows, *_with_arrivals(pages.table(rows), tables.own, old))
         pages.holes = False
         tail.settle(rows, *_with_arrivals(tail.pages.table(rows), tables.back, tables.back.masked_fill(~stays, -1)))
-        if tail.host and most is not None:
-            tail.hold_to(rows, most)
 
     def _scores(self, candidates: Candidates) -> torch.Tensor:
         scores = torch.nan_to_num(self.policy.score(candidates).double()).clamp(-_LARGEST, _LARGEST)
@@ -275,6 +288,11 @@ class Evictor:
         self.prompts = [self.prompts[row] for row in rows]
         if self.window is not None:
             self.window.map_rows(rows)
+
+
+def _part(budget: int | float, seen: int) -> int:
+    """Tokens of a budget in tokens, or in parts of those seen."""
+    return budget if isinstance(budget, int) else math.ceil(budget * seen)
 
 
 def _counted_from(first: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 
 from .codecs.base import Role
-from .codecs.registry import make_codec, parse
+from .codecs.registry import make_codec
 from .config import LayerConfig
 from .lane_statistics import ENOUGH, GROWTH
 from .measure import tensor_bytes
@@ -177,9 +177,9 @@ def _policy_bytes(
         row += policy.window * query_heads * (key_dim * dtype.itemsize + POSITION_BYTES)
     if policy.capture == "statistics":
         row += heads * 4 * key_dim * (key_dim + 1)
-    tier, held = layer.eviction.demote_to, layer.eviction.demote_budget
-    if tier not in (None, HOST) and held:
-        parse(tier)
+    for tier, held in zip(layer.eviction.tiers, layer.eviction.tier_budgets, strict=True):
+        if tier == HOST or not isinstance(held, int):  # parts of the text and tiers without a limit grow on
+            continue
         codes = _cost(tier, "key", key_dim, layer, dtype)[0] + _cost(tier, "value", value_dim, layer, dtype)[0]
         row += math.ceil(heads * held * (codes + per_token))
     return per_token, row

@@ -46,11 +46,13 @@ class LaneStatistics:
         before: int,
         tokens: int,
         pair: Mapping[str, torch.Tensor],
+        places: Packed,
         query_ms: torch.Tensor | None,
     ) -> bool:
         """Begin an epoch of rows that sealed `before` tokens and are at the same epoch, if it is time to.
 
         pair: keys and values at hand, `[R, H, T, D]`, `tokens` of which are about to be sealed.
+        places: where they stand, if the codec of the keys asks for it.
         """
         known = self.known[rows[0]]
         if before and (known >= ENOUGH or before + tokens < GROWTH * known):
@@ -58,7 +60,8 @@ class LaneStatistics:
         first = 0
         for role, x in pair.items():
             ms = query_ms[:, :, None] if query_ms is not None and role == "key" else None
-            made = self.codecs[role].begin_segment(x.unsqueeze(2), ms, self._history(role, rows, before))
+            history = self._history(role, rows, before) | (places if role == "key" else {})
+            made = self.codecs[role].begin_segment(x.unsqueeze(2), ms, history)
             table = self.tables[role]
             for name, statistic in made.items():
                 flat = statistic.flatten(0, 2)
@@ -69,11 +72,12 @@ class LaneStatistics:
             self.known[row] = before + tokens
         return True
 
-    def learn(self, rows: Sequence[int], before: int, pair: Mapping[str, torch.Tensor]) -> None:
+    def learn(self, rows: Sequence[int], before: int, pair: Mapping[str, torch.Tensor], places: Packed) -> None:
         """Let the codecs remember keys and values `[R, H, 1, T, D]` that the rows are about to seal."""
         for role, x in pair.items():
             kept = self.histories[role]
-            for name, learned in self.codecs[role].learn(self._history(role, rows, before), x).items():
+            history = self._history(role, rows, before) | (places if role == "key" else {})
+            for name, learned in self.codecs[role].learn(history, x).items():
                 if name not in kept:
                     kept[name] = learned.new_zeros(len(self.known), *learned.shape[1:])
                 kept[name][torch.tensor(rows, device=self.device)] = learned

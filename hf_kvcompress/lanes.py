@@ -7,7 +7,7 @@ it, the attention mass it has received.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -29,11 +29,20 @@ class LanePages:
         batch, heads: B and H.
         device: where the pages live.
         track_mass: keep each token's attention mass.
+        first_position: of a row's first token, for codecs that ask for positions.
     """
 
     def __init__(
-        self, key_codec: Codec, value_codec: Codec, batch: int, heads: int, device: torch.device, track_mass: bool
+        self,
+        key_codec: Codec,
+        value_codec: Codec,
+        batch: int,
+        heads: int,
+        device: torch.device,
+        track_mass: bool,
+        first_position: Callable[[int], int] | None = None,
     ):
+        self.first_position = first_position
         self.codecs: dict[str, Codec] = {"key": key_codec, "value": value_codec}
         self.heads, self.device, self.track_mass = heads, device, track_mass
         self.page_size = key_codec.page_size
@@ -70,16 +79,19 @@ class LanePages:
         query_ms: torch.Tensor | None = None,
         query_moment: torch.Tensor | None = None,
     ) -> None:
-        """Pack the first `tokens` of keys and values `[R, H, >= tokens, D]`, which stand at `positions` `[R, tokens]`.
+        """Pack the first `tokens` of keys and values `[R, H, n, D]`, which stand at `positions` `[R, n]`.
 
         The rows must have sealed equally many tokens. `mass` `[R, H, tokens]` is what they have received so far, `room`
         the tokens that a lane may yet hold: no more is allocated ahead.
         """
         before = self.counts[rows[0]]
         pair = {"key": keys, "value": values}
-        self._renew(rows, before, tokens, pair, query_ms)
-        self.statistics.learn(rows, before, {role: x[:, :, None, :tokens] for role, x in pair.items()})
-        encoded = self._encode(rows, {role: x[:, :, :tokens] for role, x in pair.items()}, query_moment)
+        places = self.places([row * self.heads for row in rows], positions)
+        self._renew(rows, before, tokens, pair, places, query_ms)
+        pair = {role: x[:, :, :tokens] for role, x in pair.items()}
+        places, positions = {name: at[..., :tokens] for name, at in places.items()}, positions[:, :tokens]
+        self.statistics.learn(rows, before, {role: x[:, :, None] for role, x in pair.items()}, places)
+        encoded = self._encode(rows, pair, places, query_moment)
         positions = positions.to(self.device, torch.int32).repeat_interleave(self.heads, 0)
         flat_mass = None if mass is None else mass.flatten(0, 1)
         done = 0
@@ -102,11 +114,13 @@ class LanePages:
         With `renew` they count as sealed here and statistics may be made of them.
         """
         pair = {"key": keys, "value": values}
-        if renew:
-            self._renew([row], self.counts[row], keys.shape[2], pair, None)
-            self.counts[row] += keys.shape[2]
-        encoded = self._encode([row], pair, None)
         lanes = [row * self.heads + head for head in range(self.heads)]
+        filled = positions.where(positions >= 0, positions[:, :1])  # where a head has none it repeats its first token
+        places = {name: at.movedim(0, 1) for name, at in self.places(lanes, filled).items()}
+        if renew:
+            self._renew([row], self.counts[row], keys.shape[2], pair, places, None)
+            self.counts[row] += keys.shape[2]
+        encoded = self._encode([row], pair, places, None)
         block = self.new_block(lanes, self.statistics.rows_of([row]), keys.shape[2])
         block.counts = [keys.shape[2]] * self.heads
         block.packed = encoded
@@ -116,14 +130,27 @@ class LanePages:
         self.holes |= bool((positions < 0).any())
         self.blocks.append(block)
 
+    def places(self, lanes: Sequence[int], positions: torch.Tensor) -> Packed:
+        """`[n, 1, 1, T]` as "at": where tokens at `positions` `[n, T]` of these lanes stand in their rows.
+
+        Empty if the codec of the keys does not ask for it.
+        """
+        if not self.codecs["key"].wants_positions:
+            return {}
+        assert self.first_position is not None
+        firsts = torch.tensor([self.first_position(lane // self.heads) for lane in lanes], device=positions.device)
+        return {"at": (positions - firsts[:, None]).clamp_(min=0)[:, None, None].to(self.device)}
+
     def _encode(
-        self, rows: Sequence[int], pair: dict[str, torch.Tensor], moment: torch.Tensor | None
+        self, rows: Sequence[int], pair: dict[str, torch.Tensor], places: Packed, moment: torch.Tensor | None
     ) -> dict[str, Packed]:
         """Pack keys and values `[R, H, T, D]` with the rows' statistics; the fields come as `[R * H, ...]`."""
         epochs = torch.tensor(self.statistics.rows_of(rows), device=self.device)
         encoded: dict[str, Packed] = {}
         for role, x in pair.items():
             segment = {k: t.unflatten(0, (*x.shape[:2], 1)) for k, t in self.statistics.of(role, epochs).items()}
+            if role == "key":
+                segment |= places
             packed = self.codecs[role].encode(x.unsqueeze(2), segment, moment if role == "key" else None)
             encoded[role] = {name: t.flatten(0, 2) for name, t in packed.items()}
         return encoded
@@ -134,10 +161,11 @@ class LanePages:
         before: int,
         tokens: int,
         pair: dict[str, torch.Tensor],
+        places: Packed,
         query_ms: torch.Tensor | None,
     ) -> None:
         """Make new statistics where it is time to; blocks that the rows were filling get no more tokens then."""
-        if not self.statistics.renew(rows, before, tokens, pair, query_ms):
+        if not self.statistics.renew(rows, before, tokens, pair, places, query_ms):
             return
         left = {id(at[0]): at[0] for at in (self.open[row] for row in rows) if at is not None}
         for row in rows:
@@ -219,7 +247,10 @@ class LanePages:
     def packed(self, block: Block, role: str) -> Packed:
         """A block's fields with its lines' statistics, `[n, 1, 1, ...]`, as codecs read them."""
         statistics = self.statistics.of(role, block.index("epochs"))
-        return {name: t[:, None, None] for name, t in {**block.packed[role], **statistics}.items()}
+        packed = {name: t[:, None, None] for name, t in {**block.packed[role], **statistics}.items()}
+        if role == "key" and self.codecs[role].wants_positions:
+            packed |= self.places(block.lanes, block.positions)
+        return packed
 
     def table(self, rows: Sequence[int]) -> torch.Tensor:
         """Numbers of the rows' tokens, `[len(rows) * H, N]` on the host in the order of positions, -1 where none."""

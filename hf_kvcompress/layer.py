@@ -15,13 +15,18 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from .chunk import Chunk
+from .clustered.shared import Sharing
+from .codecs.base import CodecContext
 from .config import LayerConfig
+from .cropping import check_crop, crop
 from .dense_reading import dense, is_compact, positions_read, refuse_plain_attention, tokens_kept
 from .footprint import tokens_for_bytes
+from .guard import QUERIES, QualityGuard
 from .handles import LazyTensor
 from .masks import MaskPlan
 from .monitor import Monitor
-from .observation import LONGEST_DRAFT, Observation
+from .observation import Observation
+from .stepping import step_back
 from .storage import LayerStorage
 from .tiers import Fetched
 
@@ -59,6 +64,8 @@ class CompressedLayer(CacheLayerMixin):
         self.config, self.index, self.sliding_window, self.monitor = config, index, sliding_window, monitor
         self.is_sliding = sliding_window is not None
         self.record_past = False
+        self.context = CodecContext(index)
+        self.sharing: Sharing | None = None  # pages that are like others are stored by them
         self.storage: LayerStorage | None = None
         self.chunk: Chunk | None = None
         self.seen = 0
@@ -73,9 +80,8 @@ class CompressedLayer(CacheLayerMixin):
 
     @_in_the_storage_s_mode
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.storage = LayerStorage(
-            self.config, key_states, value_states, self.sliding_window, self.index, self.monitor
-        )
+        known = self.sliding_window, self.index, self.monitor, self.context, self.sharing
+        self.storage = LayerStorage(self.config, key_states, value_states, *known)
         self.is_initialized = True
         self._hold_to_share()
 
@@ -146,7 +152,8 @@ class CompressedLayer(CacheLayerMixin):
         if not chunk.watched:
             return
         window = storage.evictor.window if storage.evictor is not None else None
-        if window is not None or storage.pages.codecs["key"].wants_queries:
+        watches = self.monitor is not None and self.monitor.wants_queries
+        if window is not None or watches or storage.pages.codecs["key"].wants_queries:
             chunk.queries.append(queries)
             chunk.scaling = scaling
 
@@ -203,7 +210,24 @@ class CompressedLayer(CacheLayerMixin):
             observed = observed.total()
         for _, pages in chunk.fetched:
             pages.note_read()
+        guard = self.monitor if isinstance(self.monitor, QualityGuard) else None
+        if guard is not None and chunk.queries:
+            guard.queries = chunk.queries[0][:, :, -QUERIES:].detach().float() * chunk.scaling
         self.storage.append(keys, values, chunk.start, chunk.kept, self.record_past, observed)
+        if guard is not None:
+            guard.queries = None
+            if guard.is_due(self.index):
+                self._step_back(guard)
+
+    def _step_back(self, guard: QualityGuard) -> None:
+        """Pack with more bits from now on, where there are any."""
+        assert self.storage is not None
+        before, after = (self.config.keys, self.config.values), step_back(self.storage)
+        guard.judge_anew(self.index)
+        if after is not None:
+            guard.note(self.index, self.seen, before, after)
+            self.config = self.storage.config
+            self._hold_to_share()
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -276,52 +300,11 @@ class CompressedLayer(CacheLayerMixin):
     @_in_the_storage_s_mode
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest `-tokens_to_remove` positions; the rest of a cut page returns to the window, decoded."""
-        tokens_to_remove = int(tokens_to_remove)  # older transformers pass a tensor
-        self.check_crop(tokens_to_remove)
-        if self.storage is None:
-            return
-        if self.may_be_cropped and self.chunk is not None and tokens_to_remove:
-            own = min(-tokens_to_remove, self.chunk.keys.shape[2])
-            self.seen -= own
-            if not self.chunk.crop(own):
-                self.chunk = None
-            tokens_to_remove += own
-            if tokens_to_remove == 0:
-                return
-        self.commit()
-        if tokens_to_remove:
-            self.seen = max(self.seen + tokens_to_remove, 0)
-            self.storage.truncate(self.seen)
-        self.storage.drop_expired()
+        crop(self, int(tokens_to_remove))  # older transformers pass a tensor
 
     def check_crop(self, tokens_to_remove: int) -> None:
         """Raise ValueError or RuntimeError if `crop` cannot take back these tokens, before anything is changed."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"tokens_to_remove: expected 0 or a negative number of tokens, got {tokens_to_remove}")
-        if self.storage is None or tokens_to_remove == 0:
-            return
-        drafted = 0
-        if self.may_be_cropped and self.chunk is not None:
-            drafted = self.chunk.keys.shape[2]
-            if LONGEST_DRAFT < -tokens_to_remove < drafted and self.chunk.observed is not None:
-                raise RuntimeError(
-                    f"crop: layer {self.index} counts attention and can take back at most the last {LONGEST_DRAFT} "
-                    f"tokens of a pass, or all of it, got {tokens_to_remove}"
-                )
-        else:
-            self.commit()
-        if -tokens_to_remove <= drafted:
-            return
-        if self.storage.evictor is not None and self.storage.evictor.evicted:
-            raise RuntimeError(
-                f"crop: layer {self.index} has evicted tokens for the sake of those to be taken back; call "
-                "`activate_past_recording` before a pass that you may want to crop, and crop before the next one"
-            )
-        if not self.is_croppable:
-            raise RuntimeError(
-                f"crop: layer {self.index} has a sliding window of {self.sliding_window} and has given back older "
-                "tokens; call `activate_past_recording` before generating if you want to crop"
-            )
+        check_crop(self, tokens_to_remove)
 
     def reset(self) -> None:
         self.storage = self.chunk = self.plan = None

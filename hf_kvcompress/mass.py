@@ -10,9 +10,11 @@ import torch
 from .blocks import Block
 from .masks import Mask, Slots
 from .observation import LONGEST_DRAFT, draft_slots
+from .ops.mass import attention_mass
+from .ops.numeric import block_numel
 from .softmax import Extras
 
-SCORES = 2**22  # scores that are held at once while a prompt's mass is summed: they stay in a processor's cache
+SCORES = 2**22  # that are held at once on CPU while a prompt's mass is summed: they stay in a processor's cache
 
 
 def chunk_slots(start: int, length: int) -> Slots:
@@ -41,22 +43,21 @@ def mass_of_run(
     heads: int,
     groups: int,
     slots: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Weights `[B, H, G * q, n]` (or of a block `[lines, 1, G * q, n]`) -> mass `[B, H, n]` (or `[lines, n]`).
 
-    With `slots`, the `draft_slots` of these queries, there is an axis of them before the last one.
+    With `lse` `[B * H, G * q]`, the log of the sum of exp of every query's logits, logits in place of weights. With
+    `slots`, the `draft_slots` of these queries, there is an axis of them before the last one.
     """
-    if real is not None or slots is not None:
-        weights = weights.unflatten(2, (groups, -1)).sum(2)
-        if real is not None:
-            own = real[run.index("lanes") // heads] if isinstance(run, Block) else real
-            weights = weights * own[:, None, :, None]
-    if slots is None:
-        mass = weights.sum(2)
-    else:
-        mass = weights.new_zeros(*weights.shape[:2], LONGEST_DRAFT + 1, weights.shape[-1])
-        mass.index_add_(2, slots.to(mass.device), weights)
-    return mass[:, 0] if isinstance(run, Block) else mass
+    lanes = run.index("lanes") if isinstance(run, Block) else None
+    starts = None
+    if slots is not None:
+        firsts = torch.searchsorted(slots, torch.arange(LONGEST_DRAFT + 2))
+        starts = firsts.to(weights.device, torch.int32)
+    mass = attention_mass(weights.flatten(0, 1), groups, heads, lse, real, lanes=lanes, starts=starts)
+    mass = mass[:, 0] if slots is None else mass
+    return mass if isinstance(run, Block) else mass.unflatten(0, weights.shape[:2])
 
 
 def prompt_mass(
@@ -80,7 +81,7 @@ def prompt_mass(
     mass = torch.zeros(batch, heads, *slots, length, device=query.device)
     start = 0
     while start < length:
-        rows = max(SCORES // (batch * query_heads * length), 1)
+        rows = max(block_numel(query.device, SCORES) // (batch * query_heads * length), 1)
         which = slice(start, min(start + rows, length))
         seen = which.stop if mask.causal else length
         own = (query[:, :, which] * scaling).reshape(batch, heads, -1, dim)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,10 +11,11 @@ import torch
 _OPAQUE = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleType, types.FunctionType)
 
 
-def iter_tensors(obj: Any) -> Iterator[torch.Tensor]:
+def iter_tensors(obj: Any) -> Iterator[Any]:
     """Every plain tensor reachable from `obj`: containers, attributes, slots and the parts of tensor subclasses.
 
-    Each object is visited once. Functions, classes and modules are not entered.
+    Each object is visited once. Functions, classes and modules are not entered, nor are objects that say themselves
+    what they hold, by `storages_held() -> {key: bytes}`: they stand for their tensors.
     """
     seen: set[int] = set()
     pending: list[Any] = [obj]
@@ -25,6 +26,9 @@ def iter_tensors(obj: Any) -> Iterator[torch.Tensor]:
             continue
         seen.add(id(item))
         keep.append(item)
+        if hasattr(type(item), "storages_held"):
+            yield item
+            continue
         if isinstance(item, torch.Tensor):
             parts = _inner(item)
             if parts is None:
@@ -46,8 +50,11 @@ def tensor_bytes(obj: Any) -> int:
     Views of one storage count once, and count all of it: a slice keeps its whole storage alive. Quantized tensor
     subclasses (optimum-quanto's, torchao's) count by their inner tensors. Meta tensors hold nothing.
     """
-    storages: dict[tuple[str, int], int] = {}
+    storages: dict[Hashable, int] = {}
     for tensor in iter_tensors(obj):
+        if not isinstance(tensor, torch.Tensor):
+            storages.update(tensor.storages_held())
+            continue
         if tensor.device.type == "meta":
             continue
         if tensor.layout is not torch.strided:

@@ -33,6 +33,8 @@ class Monitor:
         sample: tokens that are looked at each time pages are sealed, for each layer.
     """
 
+    wants_queries = False
+
     def __init__(self, sample: int = 64):
         self.sample = sample
         # (layer, role) -> [sum of cosines, sum of relative errors, vectors]

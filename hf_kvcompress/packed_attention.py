@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 
 from .codecs.base import Codec, Packed
+from .fused_decode import fused_decode, serves
+from .lanes import LanePages
 from .layer import CompressedLayer
 from .masks import Mask, Slots
 from .mass import chunk_slots, mass_of_run, real_queries
 from .observation import LONGEST_DRAFT, draft_slots
 from .pages import SEGMENT_LENGTH
-from .reading import exact_run, page_runs
+from .reading import exact_run, lane_stores, page_runs
 from .softmax import Extras, RunningSoftmax
 from .tiers import Fetched
 
@@ -27,11 +30,16 @@ def packed_attention(
     assert layer.storage is not None
     batch, query_heads, length, _ = query.shape
     heads = layer.storage.heads["key"]
+    if serves(layer, query, mask, extras):
+        fused, seen = fused_decode(layer, query, mask, scaling, extras)
+        if seen is not None:
+            _observe(layer, seen.logits, slice(0, length), length, query_heads // heads, query.device, seen.lse)
+        return fused
     # As many queries at once as keep the scores of one slab small; of all tokens, where weights are kept for a policy.
     tokens = max(layer.storage.tokens_stored()) + length if layer.wants_mass else SEGMENT_LENGTH
     at_once = max(SCORES // (batch * query_heads * max(tokens, SEGMENT_LENGTH)), 1)
     tail = layer.storage.tail
-    if tail is not None and tail.host and length <= LONGEST_DRAFT:
+    if tail is not None and any(tier.host for tier in tail.chain()) and length <= LONGEST_DRAFT:
         at_once = 1  # which host pages a query reads must not depend on later ones: a draft's may yet be taken back
     out = [
         _attend(layer, query[:, :, start : start + at_once], slice(start, start + at_once), mask, scaling, extras)
@@ -71,16 +79,31 @@ def _attend(
         mix = partial(_mix, run.codecs["value"], run.values)
         running.add(run.block, scores, mix, run.tier, extras.dropout, run.lanes)
     finish = {"packed": storage.pages.codecs["value"].finish}
-    if storage.tail is not None:
-        finish["tail"] = storage.tail.pages.codecs["value"].finish
+    if isinstance(storage.pages, LanePages):
+        finish = {name: pages.codecs["value"].finish for name, pages, _ in lane_stores(storage)}
     out = running.result(finish)
     if layer.wants_mass:
-        real = real_queries(layer.chunk.kept if layer.chunk else None, which, length, q.device)
-        pass_length = layer.chunk.keys.shape[2] if layer.chunk else length
-        drafts = draft_slots(pass_length, which) if layer.may_be_cropped else None
-        for name, weights in running.weights():
-            layer.observe_mass(name, mass_of_run(name, weights, real, heads, groups, drafts))
+        _observe(layer, running.weights(), which, length, groups, q.device)
     return out
+
+
+def _observe(
+    layer: CompressedLayer,
+    weights: Iterator[tuple[Any, torch.Tensor]],
+    which: slice,
+    length: int,
+    groups: int,
+    device: torch.device,
+    lse: torch.Tensor | None = None,
+) -> None:
+    """Show the policy what tokens received from the queries `which` of a pass of `length`; with `lse` from logits."""
+    assert layer.storage is not None
+    heads = layer.storage.heads["key"]
+    real = real_queries(layer.chunk.kept if layer.chunk else None, which, length, device)
+    pass_length = layer.chunk.keys.shape[2] if layer.chunk else length
+    drafts = draft_slots(pass_length, which) if layer.may_be_cropped else None
+    for name, own in weights:
+        layer.observe_mass(name, mass_of_run(name, own, real, heads, groups, drafts, lse))
 
 
 def _weigh(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -48,7 +48,10 @@ class PageStore:
         batch, heads: B and H.
         device: where the pages live.
         segment_length: length of all segments; None for the growing schedule.
+        first: tokens of a row that stand before its first sealed one.
     """
+
+    plain_slabs = True  # what is stored are the slabs' tensors and nothing else
 
     def __init__(
         self,
@@ -58,8 +61,10 @@ class PageStore:
         heads: int,
         device: torch.device,
         segment_length: int | None = None,
+        first: int = 0,
     ):
         self.codecs: dict[str, Codec] = {"key": key_codec, "value": value_codec}
+        self.first = first
         self.heads, self.device, self.segment_length = heads, device, segment_length
         self.page_size = key_codec.page_size
         self.slabs: list[Slab] = []
@@ -80,7 +85,10 @@ class PageStore:
         return start, start + SEGMENT_LENGTH
 
     def _add_slab(self, start: int, tokens: int) -> None:
-        capacity = min(max(tokens, SLAB_LENGTH), self.segment_of(start)[1] - start)
+        self.make_slab(start, min(max(tokens, SLAB_LENGTH), self.segment_of(start)[1] - start))
+
+    def make_slab(self, start: int, capacity: int) -> None:
+        """Add an empty slab of `capacity` tokens from token number `start` on."""
         leading = (len(self.counts), self.heads, 1)
         packed = {
             role: {
@@ -95,6 +103,11 @@ class PageStore:
         if not self.slabs:
             first = self.segment_of(start)[0]
             self._add_slab(first, end - first)
+        while self.slabs[0].start > start:  # a shorter row, whose sliding window begins in an earlier segment
+            behind = self.slabs[0].start
+            first = self.segment_of(behind - 1)[0]
+            self.make_slab(first, behind - first)
+            self.slabs.insert(0, self.slabs.pop())
         while self.slabs[-1].end < end:
             self._add_slab(self.slabs[-1].end, end - self.slabs[-1].end)
 
@@ -145,15 +158,16 @@ class PageStore:
             at: tuple[Any, ...] = (index, slice(None), slice(0, 1))
             if low == segment_start:
                 known = x[:, :, : segment_end - low].unsqueeze(2)
+                places = self.places(role, low, known.shape[3])
                 ms = query_ms[:, :, None] if query_ms is not None and role == "key" else None
-                history = self._history(role, at, low)
+                history = {**self._history(role, at, low), **places}
                 for name, statistic in codec.begin_segment(known, ms, history).items():
                     packed[name][at] = statistic
             elif low == slab.start:  # a further slab of the same segment
                 assert before is not None
                 for name in codec.statistics:
                     packed[name][at] = before.packed(role)[name][at]
-            statistics = {name: packed[name][at] for name in codec.statistics}
+            statistics = {name: packed[name][at] for name in codec.statistics} | self.places(role, low, tokens)
             self._learn(role, at, low, x[:, :, None, :tokens])
             inside = low - slab.start
             queries = query_moment if role == "key" else None
@@ -169,12 +183,32 @@ class PageStore:
     def _learn(self, role: str, at: tuple[Any, ...], sealed: int, x: torch.Tensor) -> None:
         """Let the codec remember tokens that rows with `sealed` tokens before are about to seal."""
         kept = self.histories[role]
-        for name, learned in self.codecs[role].learn(self._history(role, at, sealed), x).items():
+        history = {**self._history(role, at, sealed), **self.places(role, sealed, x.shape[3])}
+        for name, learned in self.codecs[role].learn(history, x).items():
             if name not in kept:
                 kept[name] = learned.new_zeros(len(self.counts), *learned.shape[1:])
             kept[name][at] = learned
 
+    def write(self, slab: Slab, role: str, name: str, unit: int, data: torch.Tensor) -> None:
+        """Copy packed entries `data` of a field into a slab, from entry number `unit` on."""
+        axis = -1 if self.codecs[role].fields[name].tokens_last else 3
+        slab.packed(role)[name].narrow(axis, unit, data.shape[axis]).copy_(data)
+
     # -- reading -------------------------------------------------------------------------------------------------------
+
+    def places(self, role: str, start: int, tokens: int) -> Packed:
+        """Where sealed tokens stand in their rows, `[tokens]` as "at", for a codec that asks for it.
+
+        They are counted, so this is exact wherever no padding stands between a row's tokens.
+        """
+        if not self.codecs[role].wants_positions:
+            return {}
+        begin = self.first + start
+        return {"at": torch.arange(begin, begin + tokens, dtype=torch.int32, device=self.device)}
+
+    def packed(self, role: str, slab: Slab) -> Packed:
+        """A slab's fields, with positions for a codec that asks for them."""
+        return {**slab.packed(role), **self.places(role, slab.start, slab.capacity)}
 
     def runs(self) -> Iterator[tuple[Slab, int]]:
         """Each slab with the tokens that its fullest row has in it."""
@@ -185,7 +219,7 @@ class PageStore:
 
     def decode(self, role: str, slab: Slab, tokens: int) -> torch.Tensor:
         """Read back the first `tokens` tokens of a slab, `[B, H, tokens, D]` float32."""
-        return self.codecs[role].decode(slab.packed(role)).flatten(2, 3)[:, :, :tokens]
+        return self.codecs[role].decode(self.packed(role, slab)).flatten(2, 3)[:, :, :tokens]
 
     def read_row(self, row: int, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Read back keys and values of the tokens `start .. end` of one row, `[1, H, end - start, D]` float32 each."""

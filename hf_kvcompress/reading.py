@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from .blocks import Block
+from .clustered.frozen import SharedSlab
+from .clustered.store import ClusteredPages
 from .codecs.base import Codec, Packed
 from .lanes import LanePages
 from .masks import Lines, Slots
 from .storage import LayerStorage
-from .tiers import Fetched
+from .tiers import Fetched, Tail
 
 
 @dataclass(frozen=True)
@@ -29,29 +31,43 @@ class PageRun:
     capacity: int
     tokens: int
     slots: Slots
-    codecs: dict[str, Codec]
+    codecs: Mapping[str, Codec]
     tier: str = "packed"
     lanes: torch.Tensor | None = None
     block: Block | None = None
 
 
+def lane_stores(storage: LayerStorage) -> Iterator[tuple[str, LanePages, Tail | None]]:
+    """The tiers of a layer that evicts, each with a name; the first has no `Tail`."""
+    assert isinstance(storage.pages, LanePages)
+    yield "packed", storage.pages, None
+    for depth, tail in enumerate(storage.tail.chain() if storage.tail is not None else ()):
+        yield f"tail{depth or ''}", tail.pages, tail
+
+
 def page_runs(storage: LayerStorage, queries: torch.Tensor) -> Iterator[PageRun]:
     """The sealed pages, slab by slab or block by block; of a host tier those that `queries` `[B, H, M, D]` favour."""
     if isinstance(storage.pages, LanePages):
-        yield from (_lane_run(storage.pages, block, "packed") for block in storage.pages.blocks)
-        tail = storage.tail
-        if tail is not None and not tail.host:
-            yield from (_lane_run(tail.pages, block, "tail") for block in tail.pages.blocks)
-        elif tail is not None:
+        above = storage.pages, "packed"
+        for name, pages, tail in lane_stores(storage):
+            if tail is None or not tail.host:
+                yield from (_lane_run(pages, block, name) for block in pages.blocks)
+                above = pages, name
+                continue
             fetched = tail.fetch(queries.flatten(0, 1))
-            if fetched is not None:
-                yield _lane_run(storage.pages, fetched, "packed")
+            if fetched is not None:  # packed as in the tier above it
+                yield _lane_run(above[0], fetched, above[1])
         return
     sinks = max(storage.window.sinks, default=0)  # a row that has sealed anything has all its sinks
     for slab, tokens in storage.pages.runs():
         counts = [min(count, slab.end) for count in storage.pages.counts]
         slots = _page_slots(storage, sinks, slab.start, tokens, counts)
-        yield PageRun(slab.keys, slab.values, slab.capacity, tokens, slots, storage.pages.codecs)
+        if isinstance(slab, SharedSlab):
+            assert isinstance(storage.pages, ClusteredPages)
+            yield PageRun({}, {}, tokens, tokens, slots, storage.pages.run_of(slab, tokens), "exact")
+            continue
+        keys, values = storage.pages.packed("key", slab), storage.pages.packed("value", slab)
+        yield PageRun(keys, values, slab.capacity, tokens, slots, storage.pages.codecs)
 
 
 def _lane_run(pages: LanePages, block: Block, tier: str) -> PageRun:
@@ -114,9 +130,8 @@ def read_dense(storage: LayerStorage, role: str, start: int, end: int) -> torch.
     sinks = max(window.sinks, default=0)
     _place(dense, storage, exact[:, :, :sinks], [0] * storage.batch, window.sinks, start, end)
     if isinstance(storage.pages, LanePages):
-        _scatter(dense, storage.pages, role, start, end)
-        if storage.tail is not None:
-            _scatter(dense, storage.tail.pages, role, start, end)
+        for _, pages, _ in lane_stores(storage):
+            _scatter(dense, pages, role, start, end)
     else:
         for slab, tokens in storage.pages.runs():
             held = [min(max(count - slab.start, 0), tokens) for count in sealed]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any
 
+from .clustered.store import ClusteredPages
 from .layer import CompressedLayer
 from .measure import tensor_bytes
 
@@ -38,7 +39,7 @@ class LayerStats:
 
     @classmethod
     def of(cls, index: int, layer: Any) -> LayerStats:
-        held = tensor_bytes(layer)
+        held = tensor_bytes(layer) - _borrowed(layer)
         if not isinstance(layer, CompressedLayer):
             return cls(index, type(layer).__name__, "-", "-", 16.0, 0, 0, 0, 0, 0, 0, held, held, held)
         kind = "full" if layer.sliding_window is None else f"sliding {layer.sliding_window}"
@@ -48,7 +49,7 @@ class LayerStats:
             return cls(index, kind, settings.keys, settings.values, 0.0, 0, 0, 0, 0, 0, 0, held, held, held)
         stored = storage.tokens_stored()
         sealed = sum(stored) - sum(storage.window.sinks) - sum(storage.window.recent)
-        demoted = storage.tail.tokens_held() if storage.tail is not None else 0
+        demoted = sum(tail.tokens_held() for tail in storage.tail.chain()) if storage.tail is not None else 0
         evicted = 0 if storage.evictor is None else sum(storage.pages.counts) - sealed - demoted
         numbers = sum(storage.heads[role] * storage.dims[role] for role in ("key", "value"))
         uncompressed = (sum(stored) + demoted) * numbers * storage.dtype.itemsize
@@ -75,6 +76,17 @@ class LayerStats:
         )
 
 
+def _borrowed(layer: Any) -> int:
+    """Bytes that are reached from this layer and counted in another."""
+    pages = layer.storage.pages if isinstance(layer, CompressedLayer) and layer.storage is not None else None
+    return pages.borrowed_bytes if isinstance(pages, ClusteredPages) else 0
+
+
+def _mean(ratios: Iterable[float]) -> float:
+    found = list(ratios)
+    return sum(found) / len(found) if found else 1.0
+
+
 class CacheStats(Mapping[str, Any]):
     """Totals of a cache, by name (`stats["compression_ratio"]`), with `layers` for the single ones.
 
@@ -92,6 +104,7 @@ class CacheStats(Mapping[str, Any]):
             "slack_bytes": nbytes - sum(layer.bytes_used for layer in layers),
             "uncompressed_bytes": uncompressed,
             "compression_ratio": uncompressed / nbytes if nbytes else 1.0,
+            "avg_compression_ratio": _mean(layer.bytes_uncompressed / layer.bytes_held for layer in packed),
             "memory_saved_mb": (uncompressed - nbytes) / MB,
             "compressed_pages": sum(layer.pages for layer in layers),
             "tokens_seen": max((layer.tokens_seen for layer in layers), default=0),

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from .codecs.base import Codec, Role
+from .clustered.shared import Sharing
+from .clustered.store import ClusteredPages
+from .codecs.base import Codec, CodecContext, Role
 from .codecs.registry import make_codec
 from .config import LayerConfig
 from .eviction import Evictor
@@ -33,6 +35,8 @@ class LayerStorage:
         sliding_window: tokens that a query sees, itself included; None for full attention.
         index: the layer's number, for the monitor.
         monitor: measures what sealing loses, if given.
+        context: what codecs may have to know of the layer.
+        sharing: store pages that are like others by them, if given.
     """
 
     def __init__(
@@ -43,7 +47,10 @@ class LayerStorage:
         sliding_window: int | None,
         index: int,
         monitor: Monitor | None,
+        context: CodecContext | None = None,
+        sharing: Sharing | None = None,
     ):
+        self.context = context or CodecContext(index)
         self.config, self.sliding_window, self.index, self.monitor = config, sliding_window, index, monitor
         batch, heads, _, key_dim = keys.shape
         self.dtype, self.device = keys.dtype, keys.device
@@ -51,7 +58,7 @@ class LayerStorage:
         self.dims = {"key": key_dim, "value": values.shape[-1]}
         sinks = config.sink_length if sliding_window is None else 0
         room = config.residual_length + config.tokens_per_page  # what comes on top is sealed before it is stored
-        codecs = self._codec(config.keys, "key"), self._codec(config.values, "value")
+        codecs = self.make_codecs()
         evicts = config.eviction is not None and (sliding_window is None or config.sliding == "evict")
         self.evictor = Evictor(config, index, batch, heads, sliding_window) if evicts else None
         mass = self.evictor is not None and self.evictor.wants_mass
@@ -59,26 +66,36 @@ class LayerStorage:
         self.pages: PageStore | LanePages
         self.tail: Tail | None = None
         if self.evictor is not None:
-            self.pages = LanePages(*codecs, batch, heads, self.device, mass)
+            self.pages = LanePages(*codecs, batch, heads, self.device, mass, self.first_position)
             self.tail = self._tail(self.evictor.settings, batch, heads)
         else:
             segment = max(SLIDING_SEGMENT, config.tokens_per_page) if sliding_window is not None else None
-            self.pages = PageStore(*codecs, batch, heads, self.device, segment)
+            made = *codecs, batch, heads, self.device, segment, sinks
+            self.pages = PageStore(*made)
+            if sharing is not None:
+                self.pages = ClusteredPages(*made, sharing, index, self.first_position)
         self.positions = Positions(batch)
         self.queries = QueryStatistics(batch, heads, codecs[0].wants_query_moment)
 
     def _tail(self, settings: EvictionConfig, batch: int, heads: int) -> Tail | None:
-        if settings.demote_to is None:
-            return None
-        host = settings.demote_to == HOST
-        names = (self.config.keys, self.config.values) if host else (settings.demote_to,) * 2
-        keys, values = self._codec(names[0], "key"), self._codec(names[1], "value")
-        mass = self.window.mass is not None
-        return Tail(keys, values, batch, heads, self.device, mass, host, settings.fetch_pages)
+        """The tiers below the first one, each behind the one above it."""
+        mass, tail = self.window.mass is not None, None
+        above = [(self.config.keys, self.config.values), *((name, name) for name in settings.tiers)]
+        for number, name in reversed(list(enumerate(settings.tiers))):
+            keys, values = above[number] if name == HOST else (name, name)  # codes keep their meaning in host memory
+            codecs = self._codec(keys, "key"), self._codec(values, "value")
+            host, pages = name == HOST, settings.fetch_pages
+            tail = Tail(*codecs, batch, heads, self.device, mass, host, pages, self.first_position, tail)
+        return tail
+
+    def make_codecs(self) -> tuple[Codec, Codec]:
+        """Codecs of keys and values, as the settings have them."""
+        return self._codec(self.config.keys, "key"), self._codec(self.config.values, "value")
 
     def _codec(self, name: str, role: Role) -> Codec:
         page_size, group_size = self.config.tokens_per_page, self.config.group_size
-        made = make_codec(name, role, self.dims[role], page_size=page_size, group_size=group_size, dtype=self.dtype)
+        sizes = {"page_size": page_size, "group_size": group_size}
+        made = make_codec(name, role, self.dims[role], **sizes, dtype=self.dtype, context=self.context)
         made.compute_dtype = torch.bfloat16 if self.dtype.itemsize == 2 else torch.float32
         return made
 
@@ -151,6 +168,8 @@ class LayerStorage:
     def _append_rows(self, rows: list[int], tokens: Parts, record: bool) -> None:
         """Append new tokens to rows that are alike in sinks, sealed and recent tokens."""
         window, page = self.window, self.pages.page_size
+        if isinstance(self.pages, ClusteredPages):
+            self.pages.note(rows, self.seen_by(rows[0]), tokens[1])
         sinks = min(window.sink_length - window.sinks[rows[0]], tokens[0].shape[2])
         if sinks:
             window.add_sinks(rows, tuple(part[:, :, :sinks] for part in tokens))
@@ -190,7 +209,7 @@ class LayerStorage:
         if isinstance(pages, LanePages):
             assert self.evictor is not None
             sinks = self.window.sinks[rows[0]]  # all a row may have, as it seals
-            at = [self.positions.of_row(row, sinks + before, sinks + before + number) for row in rows]
+            at = [self.positions.of_row(row, sinks + before, sinks + before + keys.shape[2]) for row in rows]
             own_mass = mass[0][:, :, :number, 0] if mass else None
             room = min(self.evictor.room(self.seen_by(row), pages.most_held(row)) for row in rows)
             pages.seal(rows, keys, values, number, torch.stack(at), own_mass, room, *queries)

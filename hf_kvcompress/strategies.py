@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from .cache import CompressedCache
+from .calibration import Calibration
 from .config import expect
 from .policies.learned import LearnedPolicy, LearnedWeights
 from .shapes import layer_shapes
@@ -54,6 +55,41 @@ class EqRotCache(CompressedCache):
 
     def __init__(self, config: PreTrainedConfig | None = None, nbits: int = 4, **settings: Any):
         super().__init__(config, codec=f"eqrot{nbits}", **settings)
+
+
+#: bits of `TransformCache` -> codecs of keys and of values
+TRANSFORM_BITS = {
+    1.6: ("pca1.125", "eqrot2"),
+    1.75: ("pca1.5", "eqrot2"),
+    2: ("pca2", "eqrot2"),
+    2.5: ("pca2", "eqrot3"),
+    3: ("pca3", "eqrot3"),
+    4: ("pca4", "eqrot4"),
+}
+
+
+class TransformCache(CompressedCache):
+    """Keys in a basis that was calibrated for the model, before their rotation, with bits where they count.
+
+    Args:
+        calibration: the file that `kvcompress calibrate` wrote, or a `Calibration`.
+        bits: of a number, keys and values on average: 1.6, 1.75, 2, 2.5, 3 or 4.
+
+    Raises:
+        ValueError: the calibration is missing, or of another model, shape, format or version.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig | None = None,
+        calibration: str | Path | Calibration | None = None,
+        bits: float = 2,
+        **settings: Any,
+    ):
+        if bits not in TRANSFORM_BITS:
+            raise expect("bits", f"one of {', '.join(f'{own:g}' for own in TRANSFORM_BITS)}", bits)
+        keys, values = TRANSFORM_BITS[bits]
+        super().__init__(config, **{"keys": keys, "values": values, "calibration": calibration, **settings})
 
 
 class FP8Cache(CompressedCache):

@@ -7,6 +7,7 @@ import math
 import torch
 
 from .lanes import LanePages
+from .ops.select import highest
 from .tiers import Tail
 
 
@@ -40,11 +41,16 @@ class Tables:
             return first
         return first + self.tail.pages.look_up("mass", self.back, 0.0).to(first.device)
 
-    def without_rash_returns(self, order: torch.Tensor) -> torch.Tensor:
-        """Let no more than a page of each lane's best tokens come back at a time: each move packs a token anew."""
+    def without_rash_returns(self, order: torch.Tensor, clear: int | None = None) -> torch.Tensor:
+        """Let no more than a page of each lane's best tokens come back at a time: each move packs a token anew.
+
+        With `clear` only those among the lane's `clear` best.
+        """
         if self.tail is None or self.back.shape[1] == 0:
             return order
         away = (self.back >= 0).to(order.device)
         best = order.masked_fill(~away, -math.inf).topk(min(self.pages.page_size, order.shape[1]), dim=1).indices
         allowed = torch.zeros_like(away).scatter_(1, best, True)
+        if clear is not None:
+            allowed &= highest(order, clear)
         return order.masked_fill(away & ~allowed, -math.inf)

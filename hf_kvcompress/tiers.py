@@ -8,7 +8,7 @@ whose bound is highest. Pages that were read compete for a place in the first ti
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -76,7 +76,7 @@ def _bounds(block: Block) -> Bounds:
 
 
 class Tail:
-    """The second tier of one layer.
+    """A tier of one layer below its first one.
 
     Args:
         key_codec, value_codec: of the tail.
@@ -85,6 +85,8 @@ class Tail:
         track_mass: keep each token's attention mass.
         host: the tokens live in host memory and only a few pages of them are read.
         fetch_pages: pages of a lane that a pass reads from host memory.
+        first_position: of a row's first token, for codecs that ask for positions.
+        beyond: the next tier, for what this one has no room for.
     """
 
     def __init__(
@@ -97,10 +99,14 @@ class Tail:
         track_mass: bool,
         host: bool,
         fetch_pages: int,
+        first_position: Callable[[int], int] | None = None,
+        beyond: Tail | None = None,
     ):
         self.device, self.host, self.fetch_pages = device, host, fetch_pages
         at = torch.device("cpu") if host else device
-        self.pages = LanePages(key_codec, value_codec, batch, heads, at, track_mass)
+        self.beyond = beyond
+        self.settled: list[Block] = []  # what was here when the tier was last held to its budget
+        self.pages = LanePages(key_codec, value_codec, batch, heads, at, track_mass, first_position)
 
     @property
     def heads(self) -> int:
@@ -242,13 +248,32 @@ class Tail:
     def map_rows(self, rows: torch.Tensor) -> None:
         """Make row i what row `rows[i]` was."""
         self.pages.map_rows(rows)
+        if self.beyond is not None:
+            self.beyond.map_rows(rows)
+
+    def chain(self) -> Iterator[Tail]:
+        """This tier and those beyond it."""
+        yield self
+        if self.beyond is not None:
+            yield from self.beyond.chain()
+
+    @property
+    def is_settled(self) -> bool:
+        """Nothing has come in since the tier was last held to its budget."""
+        blocks, seen = self.pages.blocks, self.settled
+        return len(blocks) == len(seen) and all(one is other for one, other in zip(blocks, seen, strict=True))
+
+    def held(self) -> list[int]:
+        """Tokens of each lane; empty places do not count."""
+        return (self.pages.table(range(self.pages.batch)) >= 0).sum(1).tolist()
 
     def tokens_held(self) -> int:
         """Tokens of all rows, on average over heads; empty places do not count."""
         return sum(int((block.positions >= 0).sum()) for block in self.pages.blocks) // self.heads
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        yield from self.pages.tensors()
+        for tail in self.chain():
+            yield from tail.pages.tensors()
 
 
 def _outwards(bound: torch.Tensor, sign: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from hf_kvcompress import cli
 from hf_kvcompress.commands import contenders
+from hf_kvcompress.harness import specs
 from hf_kvcompress.integrations import demo_model as demo_module
 
 from .tiny_model import save_tiny, tiny_llama
@@ -103,7 +104,7 @@ def test_a_cache_that_cannot_run_is_a_row_with_the_reason(tiny, monkeypatch):
     def unavailable(name, config):
         raise contenders.Unavailable("needs a compiler")
 
-    monkeypatch.setattr(contenders, "_quanto", unavailable)
+    monkeypatch.setattr(specs, "_quanto", unavailable)
     result = run("demo", "--model", tiny, "--caches", "quanto4", *SMALL)
     assert result.exit_code == 0, result.output
     assert "n/a" in result.output and "quanto4: needs a compiler" in result.output
@@ -129,7 +130,19 @@ def test_doctor_lists_versions_and_devices():
     report = json.loads(result.output)
     assert {"python", "torch", "transformers"} <= set(report["versions"])
     assert report["devices"]["threads"] >= 1
+    assert report["backends"]["HF_KVCOMPRESS_BACKEND"] in ("auto", "torch", "cuda")
+    assert report["backends"]["cpu"].startswith("torch") and report["backends"]["sources"] > 0
     assert "torch" in run("doctor").output
+
+
+def test_doctor_says_what_was_chosen(monkeypatch):
+    monkeypatch.setenv("HF_KVCOMPRESS_BACKEND", "torch")
+    assert json.loads(run("doctor", "--json").output)["backends"]["cpu"] == "torch (HF_KVCOMPRESS_BACKEND=torch)"
+    monkeypatch.setenv("HF_KVCOMPRESS_BACKEND", "opencl")
+    result = run("doctor", "--json")
+    assert result.exit_code == 0
+    chosen = json.loads(result.output)["backends"]["HF_KVCOMPRESS_BACKEND"]
+    assert chosen == "HF_KVCOMPRESS_BACKEND: expected one of auto, torch, cuda, got 'opencl'"
 
 
 @pytest.mark.parametrize("missing", ["typer", "rich"])

@@ -12,12 +12,39 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 
+from ..ops.gather import Layout, gather_tokens
+
 Role = Literal["key", "value"]
 Packed = dict[str, torch.Tensor]
+
+
+class Rotation(Protocol):
+    """Takes the position out of keys, and puts it back (`rotary.Rotary`): x `[..., T, D]` float32, at `[..., T]`."""
+
+    def apply(self, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor: ...
+
+    def undo(self, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class CodecContext:
+    """What a codec may have to know of its layer.
+
+    Args:
+        layer: its number.
+        rotary: the rotation of its keys, None where it is not known.
+        why_not: why it is not known.
+        calibration: what was learned of the model beforehand, if anything.
+    """
+
+    layer: int = 0
+    rotary: Rotation | None = None
+    why_not: str = "a cache made without the model's config"
+    calibration: Any = None
 
 
 @dataclass(frozen=True)
@@ -60,18 +87,29 @@ class Codec(ABC):
     """
 
     family: ClassVar[str]
-    supported_bits: ClassVar[tuple[int, ...]]
+    supported_bits: ClassVar[tuple[float, ...]]
+    #: goes up when what is packed would be read differently, so that saved caches of before are refused
+    format_version: ClassVar[int] = 1
     #: every token is packed by itself (given its segment's statistics), so tokens can be gathered without re-encoding
     token_wise: ClassVar[bool] = True
     #: the mean square of the queries improves the key statistics
     wants_queries: bool = False
     #: so does their second moment, when many keys are packed at once
     wants_query_moment: bool = False
+    #: it needs `bind` with a context that has what it asks for
+    wants_context: ClassVar[bool] = False
+    #: the keys' positions stand beside the fields, as "at": in `segment` of `encode`, `history` of `learn` and
+    #: `begin_segment` (of their tokens), and `packed` of `decode`, `scores` and `mix`. Whole numbers `[..., T]` that
+    #: broadcast to the tokens, counted from the row's first token; nothing to be stored, they are derived.
+    wants_positions: bool = False
     #: bfloat16 lets products on CPU round like a half precision model does; float32 is exact
     compute_dtype: torch.dtype = torch.float32
 
     def __init__(self, nbits: int, role: Role, dim: int, page_size: int = 64, group_size: int = 64):
         self.nbits, self.role, self.dim, self.page_size, self.group_size = nbits, role, dim, page_size, group_size
+
+    def bind(self, context: CodecContext) -> None:  # noqa: B027 - most codecs need nothing
+        """Take what the codec has to know of its layer. Raises ValueError, naming what is missing."""
 
     @property
     def name(self) -> str:
@@ -86,6 +124,11 @@ class Codec(ABC):
     def statistics(self) -> tuple[str, ...]:
         """Names of the fields that hold for a whole segment."""
         return tuple(name for name, field in self.fields.items() if field.tokens is None)
+
+    @cached_property
+    def layouts(self) -> dict[str, Layout]:
+        """How the other fields hold tokens, for `gather_tokens`."""
+        return {name: Layout(f.tokens, f.tokens_last) for name, f in self.fields.items() if f.tokens is not None}
 
     def bits(self, segment_length: int) -> float:
         """Bits per number, metadata included, in a full segment of `segment_length` tokens."""
@@ -136,13 +179,7 @@ class Codec(ABC):
         """
         if not self.token_wise:
             raise ValueError(f"codec: expected one that packs every token by itself, got {self.name}")
-        picked = {}
-        for name, field in self.fields.items():
-            if field.tokens == 1:
-                tokens = [part[name].movedim(-1, 1) if field.tokens_last else part[name] for part in parts]
-                chosen = torch.cat([t.flatten(0, 1) for t in tokens])[index]
-                picked[name] = chosen.movedim(1, -1) if field.tokens_last else chosen
-        return picked
+        return gather_tokens(parts, self.layouts, index, self.page_size)
 
     # -- use without reading back; the defaults read back, the fast paths do not ---------------------------------------
 

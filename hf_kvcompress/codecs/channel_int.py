@@ -7,7 +7,7 @@ from functools import cached_property
 
 import torch
 
-from ..ops import native
+from ..ops import native, quantize
 from ..ops.int8mm import Scratch
 from ..ops.numeric import TINY, bfloat16_ceil, block_numel, blocks
 from .base import Field, Packed, Role
@@ -56,6 +56,18 @@ class ChannelIntCodec(IntegerCodec):
         grouped.mul_(packed["scale"].float().permute(2, 0, 1).unsqueeze(-1))
         grouped.add_(packed["centre"].float().permute(2, 0, 1).unsqueeze(-1))
         return numbers
+
+    @property
+    def _tile_width(self) -> int:
+        return quantize.tile_width(self.page_size, self.dim, whole=True)
+
+    def _encode_by_kernel(self, x: torch.Tensor, segment: Packed, out: Packed) -> None:
+        fields = [out.get(name) for name in ("codes", "codes_low", "scale", "centre")]
+        quantize.encode_int(x, *fields, self.nbits, self.role == "value", self.page_size, self.group_size, True)
+
+    def _decode_by_kernel(self, packed: Packed, out: torch.Tensor) -> None:
+        fields = [packed.get(name) for name in ("codes", "codes_low", "scale", "centre")]
+        quantize.decode_int(*fields, out, self.nbits, self.role == "value", self.page_size, self.group_size, True)
 
     def tolerance(self, x: torch.Tensor, segment: Packed) -> torch.Tensor:
         """Half a step in every number."""

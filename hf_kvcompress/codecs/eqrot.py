@@ -9,15 +9,15 @@ since the encoder uses the rounded ones.
 
 from __future__ import annotations
 
-import math
 from functools import cached_property
 
 import torch
 
 from ..ops.feedback import feedback_matrix, round_with_feedback
 from ..ops.hadamard import rotation_matrix
-from ..ops.numeric import LIMIT, TINY, block_numel, blocks, clean_, tree_sum
+from ..ops.numeric import LIMIT, TINY, tree_sum
 from .base import Field, Packed, Role
+from .equalised import EqualisedCodec
 from .rotated import RotatedCodec
 
 #: step of the uniform quantizer with the least square error for a unit normal
@@ -32,12 +32,9 @@ FEEDBACK_STEP = {2: 0.995 * 1.3, 3: 0.585 * 1.15}
 FEEDBACK_TOKENS = 32
 FEEDBACK_SHRINK = 0.3
 FEEDBACK_DAMPING = 0.01
-_FLOOR = 1e-4  # of the root mean square over the channels: near-constant channels are not blown up further
-_BLOCK = 1 << 17
-MEMORY = 1024  # tokens after which the statistics of earlier ones have faded to 1 / e
 
 
-class EqRotCodec(RotatedCodec):
+class EqRotCodec(EqualisedCodec, RotatedCodec):
     """Rotated uniform codes; the keys' channels are equalised per segment."""
 
     family = "eqrot"
@@ -51,49 +48,7 @@ class EqRotCodec(RotatedCodec):
     @cached_property
     def fields(self) -> dict[str, Field]:  # type: ignore[override]
         """Codes and one scale a token; for keys mean and spread of every channel and segment."""
-        fields = {**self.code_fields, "scale": Field((), torch.bfloat16)}
-        if self.role == "key":
-            fields["mean"] = Field((self.dim,), torch.bfloat16, None)
-            fields["spread"] = Field((self.dim,), torch.bfloat16, None)
-        return fields
-
-    def learn(self, history: Packed, x: torch.Tensor) -> Packed:
-        """Sums of all keys and of their squares, forgotten with a time constant of `MEMORY` tokens (keys only)."""
-        if self.role == "value":
-            return {}
-        tokens = x.shape[-2]
-        age = torch.arange(tokens - 1, -1, -1, dtype=torch.float64, device=x.device)
-        weight = torch.exp(-age / MEMORY)[:, None]
-        y = clean_(x.to(torch.float32, copy=True)).double()  # squares of any float32 fit
-        sums = {"first": tree_sum(y * weight, -2), "second": tree_sum(y.square_().mul_(weight), -2)}
-        sums["weight"] = weight.sum().expand(*x.shape[:-2], 1).clone()
-        fade = math.exp(-tokens / MEMORY)
-        return {name: total + history[name] * fade for name, total in sums.items()} if history else sums
-
-    def begin_segment(
-        self, x: torch.Tensor, query_ms: torch.Tensor | None = None, history: Packed | None = None
-    ) -> Packed:
-        """Mean and equalising spread of every channel (keys only), from the tokens at hand and those before."""
-        if self.role == "value":
-            return {}
-        lead, tokens = x.shape[:-2], x.shape[-2]
-        flat = x.reshape(-1, tokens, self.dim)
-        mean = torch.empty(flat.shape[0], self.dim, dtype=torch.float64, device=x.device)
-        variance = torch.empty_like(mean)
-        for start, end, _, _ in blocks(flat.shape[0], 1, tokens * self.dim, block_numel(x.device, _BLOCK)):
-            y = clean_(flat[start:end].to(torch.float32, copy=True))
-            unit = torch.maximum(y.amax((1, 2)), y.amin((1, 2)).neg_()).clamp_(min=TINY)[:, None]
-            y.mul_(unit.reciprocal()[:, None])  # squares neither overflow nor vanish
-            centre = tree_sum(y, 1).mul_(1 / tokens)
-            y.sub_(centre[:, None])
-            mean[start:end] = centre.double() * unit
-            variance[start:end] = tree_sum(y.mul_(y), 1).mul_(1 / tokens).double() * unit.double().square()
-        if history:
-            mean, variance = _join(mean, variance, tokens, {k: v.reshape(-1, v.shape[-1]) for k, v in history.items()})
-        queries = None if query_ms is None else query_ms.reshape(-1, self.dim)
-        spread = _spread(variance.sqrt(), mean, queries)
-        shape = (*lead, self.dim)
-        return {"mean": mean.to(torch.bfloat16).view(shape), "spread": spread.to(torch.bfloat16).view(shape)}
+        return {**self.code_fields, "scale": Field((), torch.bfloat16), **self.equalising_fields}
 
     def _equalise(self, x: torch.Tensor, segment: Packed, rows: int) -> torch.Tensor:
         """Columns of keys without mean and spread, in place."""
@@ -138,7 +93,7 @@ class EqRotCodec(RotatedCodec):
     def _encode_columns(self, x: torch.Tensor, segment: Packed, rows: int) -> tuple[torch.Tensor, Packed]:
         if self.role == "key":
             return super()._encode_columns(self._equalise(x, segment, rows), segment, rows)
-        power = VALUE_POWER[self.nbits]
+        power = self._power
         if power == 0:
             return super()._encode_columns(x, segment, rows)
         z, norm = self._normalise(x)
@@ -157,7 +112,11 @@ class EqRotCodec(RotatedCodec):
         return y
 
     @property
-    def _step(self) -> float:
+    def _power(self) -> float:  # type: ignore[override]
+        return 0.0 if self.role == "key" else VALUE_POWER[self.nbits]
+
+    @property
+    def _step(self) -> float:  # type: ignore[override]
         return (STEP if self.role == "key" else VALUE_STEP)[self.nbits]
 
     def _quantize(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -197,38 +156,3 @@ class EqRotCodec(RotatedCodec):
         wide = out.unflatten(-1, flat["scale"].shape[1:])  # [n, M, S, T]
         wide.mul_(flat["scale"].float().unsqueeze(1)).add_((q @ flat["mean"].float().mT).unsqueeze(-1))
         return out.unflatten(0, packed["codes"].shape[:2])
-
-
-def _join(
-    mean: torch.Tensor, variance: torch.Tensor, tokens: int, history: Packed
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance `[n, D]` of `tokens` tokens joined with those of a history, which counts for less the more
-    tokens are known."""
-    weight = history["weight"]
-    mean_before = history["first"] / weight
-    variance_before = (history["second"] / weight - mean_before.square()).clamp_(min=0)
-    part = weight * math.exp(-tokens / MEMORY)
-    part = part / (part + tokens)
-    between = (mean_before - mean).square() * part * (1 - part)
-    return mean + (mean_before - mean) * part, variance + (variance_before - variance) * part + between
-
-
-def _spread(std: torch.Tensor, mean: torch.Tensor, queries: torch.Tensor | None) -> torch.Tensor:
-    """The equalising spread `[n, D]`: sqrt(std_k / std_q) of the channels, with the size of the keys."""
-    size = tree_sum(std.square(), 1).mul_(1 / std.shape[1]).sqrt_()[:, None]
-    relative = torch.where(size > 0, std / size.clamp(min=TINY), 1.0).clamp_(min=_FLOOR)
-    if queries is not None:
-        relative.div_(_relative_std(queries))
-    # Tokens that come later should fit a segment that began with equal or zero tokens.
-    reach = mean.abs().amax(1, keepdim=True)
-    size = torch.maximum(size, reach * 1e-6)
-    size = torch.where(size > TINY, size, torch.where(reach > TINY, reach, 1.0))
-    return (relative.sqrt_() * size).clamp_(TINY, LIMIT)
-
-
-def _relative_std(query_ms: torch.Tensor) -> torch.Tensor:
-    """Mean squares of queries `[n, D]` -> their roots, relative to all channels and not below the floor."""
-    y = clean_(query_ms.to(torch.float32, copy=True)).clamp_(min=0)
-    y.mul_(y.amax(1, keepdim=True).clamp_(min=TINY).reciprocal_())
-    total = (tree_sum(y, 1)[:, None]).mul_(1 / y.shape[1])
-    return torch.where(total > 0, y / total.clamp(min=TINY), 1.0).sqrt_().clamp_(min=_FLOOR)

@@ -7,7 +7,7 @@ from functools import cached_property, lru_cache
 
 import torch
 
-from ..ops import native
+from ..ops import native, quantize
 from ..ops.numeric import TINY, bfloat16_ceil, block_numel, blocks, clean_
 from .base import Codec, Field, Packed
 
@@ -29,6 +29,16 @@ class Fp8Codec(Codec):
 
     def encode(self, x: torch.Tensor, segment: Packed, queries: torch.Tensor | None = None) -> Packed:
         """Pack `x` `[..., T, D]`."""
+        shape = (x.shape[:-2].numel(), *x.shape[-2:])
+        codes = torch.empty(shape, dtype=torch.uint8, device=x.device)
+        scale = torch.empty(shape[:2], dtype=torch.bfloat16, device=x.device)
+        self.encode_into(x, segment, {"codes": codes, "scale": scale})
+        return {"codes": codes.view(x.shape), "scale": scale.view(x.shape[:-1])}
+
+    def encode_into(self, x: torch.Tensor, segment: Packed, out: Packed) -> None:
+        """Pack `x` `[..., T, D]` into parts of a storage, `[rows, ...]` for all leading axes, the last axis dense."""
+        if quantize.serves(x, 1):
+            return quantize.encode_fp8(quantize.as_rows(x), out["codes"], out["scale"])
         flat = x.reshape(-1, self.dim)
         codes = torch.empty(flat.shape, dtype=torch.float8_e4m3fn, device=x.device)
         scale = torch.empty(flat.shape[0], dtype=torch.bfloat16, device=x.device)
@@ -37,23 +47,29 @@ class Fp8Codec(Codec):
             step = bfloat16_ceil(torch.maximum(y.amax(1), y.amin(1).neg_()).mul_(1 / _LARGEST).clamp_(min=TINY))
             codes[start:end] = y.mul_(step.float().reciprocal_().unsqueeze(1)).clamp_(-_LARGEST, _LARGEST)
             scale[start:end] = step
-        return {"codes": codes.view(torch.uint8).view(x.shape), "scale": scale.view(x.shape[:-1])}
+        out["codes"].copy_(codes.view(torch.uint8).view(out["codes"].shape))
+        out["scale"].copy_(scale.view(out["scale"].shape))
 
-    def decode(self, packed: Packed) -> torch.Tensor:
-        """Read back `[..., T, D]`."""
+    def decode(self, packed: Packed, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Read back `[..., T, D]`, rounded to `dtype`."""
         codes = packed["codes"]
+        if quantize.serves(codes, 1):
+            out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+            rows = out.view(-1, *codes.shape[-2:])
+            quantize.decode_fp8(_rows(codes, rows.shape), _rows(packed["scale"], rows.shape[:2]), rows)
+            return out
         flat = codes.reshape(-1, self.dim)
         out = torch.empty(flat.shape, device=codes.device)
         for start, end, _, _ in blocks(flat.shape[0], 1, self.dim, block_numel(codes.device, _BLOCK)):
             out[start:end] = widen(flat[start:end])
         out = out.view(codes.shape)
-        return out.mul_(packed["scale"].float().mul_(256.0).unsqueeze(-1))
+        return out.mul_(packed["scale"].float().mul_(256.0).unsqueeze(-1)).to(dtype)
 
     def tolerance(self, x: torch.Tensor, segment: Packed) -> torch.Tensor:
-        """Half a unit of a 3-bit mantissa, and of the smallest numbers below it."""
+        """Half a unit of a 3-bit mantissa, and of the smallest numbers below it; GPUs take subnormal numbers as 0."""
         y = clean_(x.to(torch.float32, copy=True))
         size = y.abs().amax(-1)
-        smallest = (size / _LARGEST * 1.01).clamp(min=TINY) * 2.0**-10
+        smallest = (size / _LARGEST * (1.01 * 2.0**-10)).clamp(min=torch.finfo(torch.float32).tiny)
         return torch.linalg.vector_norm((y.abs() * (2.0**-4 * 1.001) + smallest.unsqueeze(-1)).double(), dim=-1).float()
 
     def scores(self, q: torch.Tensor, packed: Packed) -> torch.Tensor:
@@ -80,6 +96,12 @@ class Fp8Codec(Codec):
             values = widen(codes[start:end, first:last].flatten(1, 2))
             out[start:end].baddbmm_(p[start:end, :, first * tokens : last * tokens], values)
         return out.unflatten(0, packed["codes"].shape[:2])
+
+
+def _rows(field: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """A field with its leading axes as one."""
+    field = field.reshape(shape)
+    return field if field[0].is_contiguous() else field.contiguous()
 
 
 def _in_runs(codes: torch.Tensor) -> torch.Tensor:

@@ -8,12 +8,12 @@ Encoding works on columns `[D, R]`, R = rows * tokens: every operation is elemen
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 
 import torch
 
-from ..ops import native
+from ..ops import native, quantize
 from ..ops.int8mm import MAX_ROWS, MIN_TOKENS, Reader, Scratch, key_product, uniform_readers, value_product
 from ..ops.numeric import block_numel, blocks, clean_
 from ..ops.packing import PLANES, pack, padded, plane_sizes, unpack
@@ -79,6 +79,19 @@ class IntegerCodec(Codec):
     def _decode_columns(self, numbers: torch.Tensor, packed: Packed, rows: int) -> torch.Tensor:
         """float32 columns of code + offset (may be overwritten) -> float32 columns of the decoded numbers."""
 
+    @property
+    @abstractmethod
+    def _tile_width(self) -> int:
+        """Tokens of a kernel's tile over 8; 0 where the kernels do not serve this shape."""
+
+    @abstractmethod
+    def _encode_by_kernel(self, x: torch.Tensor, segment: Packed, out: Packed) -> None:
+        """Pack `x` `[outer, inner, T, D]` into the fields of these tokens, each `[rows, ...]`."""
+
+    @abstractmethod
+    def _decode_by_kernel(self, packed: Packed, out: torch.Tensor) -> None:
+        """Read all fields, each `[rows, ...]`, back into `out` `[rows, T, D]`."""
+
     def _numbers(self, codes: torch.Tensor) -> torch.Tensor:
         """Stored codes (uint8) -> float32 code + offset."""
         half = 2 ** (self.nbits - 1)
@@ -94,33 +107,43 @@ class IntegerCodec(Codec):
                 f"x: expected shape [..., T, {self.dim}] with T a multiple of page_size={self.page_size}, "
                 f"got {tuple(x.shape)}"
             )
-        flat = x.reshape(-1, tokens, self.dim)
-        segment = self._flat(segment, len(lead))
-        stored = {k: f for k, f in self.fields.items() if f.tokens is not None}
         out = {
-            k: torch.empty(f.stored_shape((flat.shape[0],), tokens), dtype=f.dtype, device=x.device)
-            for k, f in stored.items()
+            k: torch.empty(f.stored_shape((lead.numel(),), tokens), dtype=f.dtype, device=x.device)
+            for k, f in self.fields.items()
+            if f.tokens is not None
         }
+        self.encode_into(x, segment, out)
+        return {k: v.view(*lead, *v.shape[1:]) for k, v in out.items()}
+
+    def encode_into(self, x: torch.Tensor, segment: Packed, out: Packed) -> None:
+        """Pack `x` `[..., T, D]` into parts of a storage, `[rows, ...]` for all leading axes, the last axis dense."""
+        segment, tokens = self._flat(segment, x.dim() - 2), x.shape[-2]
+        if quantize.serves(x, self._tile_width):
+            return self._encode_by_kernel(quantize.as_rows(x), segment, out)
+        flat = x.reshape(-1, tokens, self.dim)
         for start, end, first, last in self._blocks(flat.shape[0], tokens, x.device, _ENCODE):
             rows = end - start
             columns = self._columns(flat[start:end, first:last])
             codes, block = self._encode_columns(columns, {k: v[start:end] for k, v in segment.items()}, rows)
             codes ^= 2 ** (self.nbits - 1)
             block.update(self._pack_columns(codes, rows))
-            for k, f in stored.items():
+            for k, field in out.items():
+                f = self.fields[k]
                 assert f.tokens is not None
                 axis = -1 if f.tokens_last else 1
-                out[k][start:end].narrow(axis, first // f.tokens, (last - first) // f.tokens).copy_(block[k])
-        return {k: v.view(*lead, *v.shape[1:]) for k, v in out.items()}
+                field[start:end].narrow(axis, first // f.tokens, (last - first) // f.tokens).copy_(block[k])
 
-    def decode(self, packed: Packed) -> torch.Tensor:
-        """Read back `[..., T, D]`."""
+    def decode(self, packed: Packed, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Read back `[..., T, D]`, rounded to `dtype`."""
         codes, field = packed["codes"], self.code_fields["codes"]
         axes = codes.dim() - 2
         lead, units = codes.shape[:axes], codes.shape[-1 if field.tokens_last else -2]
         tokens = units * (field.tokens or 1)
         flat = self._flat(packed, axes)
-        out = torch.empty(flat["codes"].shape[0], tokens, self.dim, device=codes.device)
+        out = torch.empty(flat["codes"].shape[0], tokens, self.dim, dtype=dtype, device=codes.device)
+        if quantize.serves(out, self._tile_width):
+            self._decode_by_kernel({k: quantize.dense(v) for k, v in flat.items()}, out)
+            return out.view(*lead, tokens, self.dim)
         for start, end, first, last in self._blocks(out.shape[0], tokens, codes.device, _ENCODE):
             rows = end - start
             block = {}
@@ -135,14 +158,6 @@ class IntegerCodec(Codec):
             else:  # then the block holds whole rows
                 out[start:end].view(-1, self.dim).copy_(columns.t())
         return out.view(*lead, tokens, self.dim)
-
-    def gather(self, parts: Sequence[Packed], index: torch.Tensor) -> Packed:
-        """The tokens at `index`; codes that are packed along the tokens are unpacked on the way."""
-        picked = super().gather(parts, index)
-        if self.role == "value":
-            columns = torch.cat([self._unpack_columns(part, part["codes"].shape[0]) for part in parts], dim=1)
-            picked.update(self._pack_columns(torch.index_select(columns, 1, index.flatten()), index.shape[0]))
-        return picked
 
     def _blocks(self, rows: int, tokens: int, device: torch.device, budget: int) -> Iterator[tuple[int, int, int, int]]:
         page = self.page_size

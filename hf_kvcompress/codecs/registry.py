@@ -7,12 +7,14 @@ import re
 
 import torch
 
-from .base import Codec, Role
+from .base import Codec, CodecContext, Role
 from .channel_int import ChannelIntCodec
 from .eqrot import EqRotCodec
 from .fp8 import Fp8Codec
 from .identity import IdentityCodec
+from .multiscale import MultiScaleCodec
 from .token_int import TokenIntCodec
+from .transform import TransformCodec
 from .turbo import TurboCodec
 
 #: family -> classes for keys and for values
@@ -24,24 +26,28 @@ FAMILIES: dict[str, tuple[type[Codec], type[Codec]]] = {
     "kivi": (ChannelIntCodec, TokenIntCodec),
     "turbo": (TurboCodec, TurboCodec),
     "eqrot": (EqRotCodec, EqRotCodec),
+    "haar": (MultiScaleCodec, MultiScaleCodec),
+    "pca": (TransformCodec, EqRotCodec),
 }
 
 
 def codec_names() -> list[str]:
     """Every codec's name, most bits of a family first."""
-    return [f"{f}{n or ''}" for f, (keys, _) in FAMILIES.items() for n in keys.supported_bits or (0,)]
+    return [
+        f"{f}{n or '':{'g' if n else ''}}" for f, (keys, _) in FAMILIES.items() for n in keys.supported_bits or (0,)
+    ]
 
 
-def parse(name: str, argument: str = "codec") -> tuple[str, int]:
+def parse(name: str, argument: str = "codec") -> tuple[str, float]:
     """Split a codec's name into family and bits (0 for a family without); errors call it `argument`."""
     if not isinstance(name, str):
         raise ValueError(f"{argument}: expected a name such as 'eqrot4', got {name!r}")
     if name in codec_names():
-        match = re.fullmatch(r"(.*?)(\d*)", name)
+        match = re.fullmatch(r"(.*?)([\d.]*)", name)
         assert match is not None
-        return match[1], int(match[2] or 0)
+        return match[1], float(match[2]) if "." in match[2] else int(match[2] or 0)
     near = difflib.get_close_matches(name.lower(), codec_names(), n=1, cutoff=0.0)[0]
-    match = re.fullmatch(r"([a-z]+)(\d*)", name)
+    match = re.fullmatch(r"([a-z]+)([\d.]*)", name)
     if match and match[1] in FAMILIES:
         lacking = FAMILIES[match[1]][0].supported_bits
         expected = " or ".join(map(str, lacking)) + " bits" if lacking else "no bits"
@@ -52,6 +58,11 @@ def parse(name: str, argument: str = "codec") -> tuple[str, int]:
     raise ValueError(f"{argument}: expected one of {', '.join(codec_names())}; got {name!r}; nearest: {near!r}")
 
 
+def codec_class(name: str, role: Role) -> type[Codec]:
+    """The class of a codec for one role."""
+    return FAMILIES[parse(name)[0]][role == "value"]
+
+
 def make_codec(
     name: str,
     role: Role,
@@ -60,6 +71,7 @@ def make_codec(
     page_size: int = 64,
     group_size: int = 64,
     dtype: torch.dtype = torch.float32,
+    context: CodecContext | None = None,
 ) -> Codec:
     """The codec `name` for one role and head size.
 
@@ -71,6 +83,7 @@ def make_codec(
         group_size: numbers that share a scale. Along the head size the largest divisor of it not above `group_size` is
             taken; along tokens it must divide `page_size`.
         dtype: the model's; only `identity` stores it.
+        context: the layer that it is for; without it codecs that need one can only tell their size.
     """
     family, nbits = parse(name)
     if role not in ("key", "value"):
@@ -82,10 +95,15 @@ def make_codec(
         raise ValueError(f"page_size: expected a multiple of 8, got {page_size!r}")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype: expected a floating point torch.dtype, got {dtype!r}")
-    codec = FAMILIES[family][role == "value"](nbits, role, dim, page_size, group_size)
+    kind = FAMILIES[family][role == "value"]
+    if family == "pca" and role == "value":  # whole bits, no fewer than the keys have, as far as there are so many
+        nbits = min((own for own in kind.supported_bits if own >= nbits), default=max(kind.supported_bits))
+    codec = kind(nbits, role, dim, page_size, group_size)  # type: ignore[arg-type]
     if isinstance(codec, IdentityCodec):
         codec.dtype = dtype
         codec.nbits = dtype.itemsize * 8
+    if context is not None:
+        codec.bind(context)
     return codec
 
 

@@ -8,6 +8,7 @@ from functools import cached_property
 
 import torch
 
+from ..ops import quantize
 from ..ops.hadamard import inverse_rotate_columns, rotate_columns, rotation_matrix
 from ..ops.numeric import TINY, tree_sum
 from .base import Field, Packed
@@ -16,6 +17,11 @@ from .integer import IntegerCodec
 
 class RotatedCodec(IntegerCodec):
     """Rotated vectors: one code a coordinate and one scale a token, corrected so that the vector keeps its norm."""
+
+    #: of uniform codes
+    _step: float = 1.0
+    #: the scale is the norm times the code's cosine to this power
+    _power: float = 0.0
 
     @cached_property
     def fields(self) -> dict[str, Field]:  # type: ignore[override]
@@ -47,6 +53,29 @@ class RotatedCodec(IntegerCodec):
 
     def _decode_columns(self, numbers: torch.Tensor, packed: Packed, rows: int) -> torch.Tensor:
         return inverse_rotate_columns(numbers.mul_(packed["scale"].float().reshape(1, -1)))
+
+    @cached_property
+    def _stored_numbers(self) -> tuple[float, ...]:
+        return tuple(self._table_of_codes.tolist())
+
+    @property
+    def _tile_width(self) -> int:
+        return quantize.tile_width(self.page_size, self.dim, rotated=True)
+
+    def _bins(self, device: torch.device) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """For each bin of a coordinate its code and the square of its number; None: uniform codes."""
+        return None, None
+
+    def _encode_by_kernel(self, x: torch.Tensor, segment: Packed, out: Packed) -> None:
+        statistics = [segment.get(name) for name in ("mean", "spread")]
+        fields = [out.get(name) for name in ("codes", "codes_low", "scale")]
+        layout = (self.nbits, self.role == "value", self.page_size)
+        quantize.encode_rotated(x, *statistics, *self._bins(x.device), *fields, *layout, self._step, self._power)
+
+    def _decode_by_kernel(self, packed: Packed, out: torch.Tensor) -> None:
+        fields = [packed.get(name) for name in ("codes", "codes_low", "scale", "mean", "spread")]
+        numbers = quantize.table(self._stored_numbers, out.device)
+        quantize.decode_rotated(*fields, numbers, out, self.nbits, self.role == "value", self.page_size)
 
     def _bound_columns(self, x: torch.Tensor) -> torch.Tensor:
         """Bound for every column `[D, R]` (overwritten): twice the codes' error, since the norm is restored."""

@@ -7,6 +7,7 @@ from functools import cached_property
 
 import torch
 
+from ..ops import quantize
 from ..ops.numeric import TINY, bfloat16_ceil
 from .base import Field, Packed, Role
 from .integer import IntegerCodec
@@ -71,6 +72,18 @@ class TokenIntCodec(IntegerCodec):
         if not self.symmetric:
             grouped.add_(packed["centre"].float().transpose(0, 1).unsqueeze(1))
         return numbers
+
+    @property
+    def _tile_width(self) -> int:
+        return quantize.tile_width(self.page_size, self.dim)
+
+    def _encode_by_kernel(self, x: torch.Tensor, segment: Packed, out: Packed) -> None:
+        fields = [out.get(name) for name in ("codes", "codes_low", "scale", "centre")]
+        quantize.encode_int(x, *fields, self.nbits, self.role == "value", self.page_size, self.group_size, False)
+
+    def _decode_by_kernel(self, packed: Packed, out: torch.Tensor) -> None:
+        fields = [packed.get(name) for name in ("codes", "codes_low", "scale", "centre")]
+        quantize.decode_int(*fields, out, self.nbits, self.role == "value", self.page_size, self.group_size, False)
 
     def tolerance(self, x: torch.Tensor, segment: Packed) -> torch.Tensor:
         """Half a step in every number."""

@@ -54,6 +54,9 @@ class TurboCodec(RotatedCodec):
         found = torch.index_select(squares, 0, index, out=torch.empty(index.shape, device=z.device))
         return torch.index_select(codes, 0, index).view(z.shape), found.view(z.shape)
 
+    def _bins(self, device: torch.device) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        return _nearest(self._table, self._unit, device)
+
     def _numbers(self, codes: torch.Tensor) -> torch.Tensor:
         table = torch.tensor(self._table, dtype=torch.float32, device=codes.device).mul_(self._unit)
         return torch.index_select(table, 0, codes.to(torch.int32).flatten()).view(codes.shape)

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from ..environment import devices, versions
+from ..harness.loading import check_length, load_model, scoring_copy
 from ..integrations.demo_model import demo_model
 from ..scoring import hide_passkey, read_text, standard_text, tokenize
 from .compare import Comparison, Row, compare
 from .contenders import check_name, default_names
 from .table import markdown, notes, rich_table
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-#: above this many parameters a second copy in float32 is too dear
-FLOAT32_PARAMETERS = 1_000_000_000
 
 
 def demo(
@@ -61,14 +55,11 @@ def demo(
     try:
         for name in names or ():
             check_name(name)
-        if dtype not in ("auto", *DTYPES):
-            raise ValueError(f"dtype: expected auto, {', '.join(DTYPES)}, got {dtype!r}")
-        if score_dtype not in ("auto", "same", "float32"):
-            raise ValueError(f"score-dtype: expected auto, same or float32, got {score_dtype!r}")
         source = model or str(demo_model(lambda line: console.print(line, highlight=False)))
-        loaded, scoring_model, tokenizer = _load(source, dtype, score_dtype, device)
+        loaded, tokenizer = load_model(source, dtype, device)
+        scoring_model = scoring_copy(loaded, score_dtype)
         length = prompt_tokens + score_tokens
-        _check_length(loaded, length)
+        check_length(loaded, length, "prompt-tokens + score-tokens")
         ids = tokenize(tokenizer, read_text(text) if text else standard_text(), length, loaded.device)
         passkey = hide_passkey(tokenizer, ids[:, :prompt_tokens], depth, seed)
     except (ValueError, ImportError, OSError) as error:
@@ -107,27 +98,6 @@ def demo(
             "rows": [row.to_dict() for row in rows],
         }
         json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-
-
-def _load(source: str, dtype: str, score_dtype: str, device: str) -> tuple[Any, Any, Any]:
-    """The model, the one to score with, and the tokenizer."""
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    wanted: Any = "auto" if dtype == "auto" else DTYPES[dtype]
-    loaded = AutoModelForCausalLM.from_pretrained(source, dtype=wanted).eval().to(device)
-    if score_dtype == "auto":
-        score_dtype = "float32" if loaded.num_parameters() <= FLOAT32_PARAMETERS else "same"
-    same = score_dtype == "same" or loaded.dtype == torch.float32
-    return loaded, loaded if same else copy.deepcopy(loaded).float(), tokenizer
-
-
-def _check_length(model: Any, length: int) -> None:
-    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if most is not None and length > most:
-        raise ValueError(f"prompt-tokens + score-tokens: expected at most {most} for this model, got {length}")
 
 
 def _with_progress(names: list[str], task: Comparison, console: Console) -> list[Row]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..environment import devices, versions
-from ..ops import native
+from ..ops import diagnosis
 
 #: extra -> what it makes possible, and a module that shows it is there
 EXTRAS = {
@@ -26,11 +26,11 @@ EXTRAS = {
 
 
 def examine() -> dict[str, Any]:
-    """Versions, devices, tools and extras, JSON-ready."""
+    """Versions, devices, what serves each of them, tools and extras, JSON-ready."""
     return {
         "versions": versions(),
         "devices": devices(),
-        "native": native.why_not() or "compiled for this processor",
+        "backends": diagnosis.diagnose(),
         "compilers": {name: shutil.which(name) is not None for name in ("g++", "nvcc")},
         "extras": {name: importlib.util.find_spec(module) is not None for name, (_, module) in EXTRAS.items()},
     }
@@ -39,7 +39,7 @@ def examine() -> dict[str, Any]:
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Show versions, devices and extras."""
+    """Show versions, devices, what runs on each of them and why, and extras."""
     report = examine()
     if as_json:
         print(json.dumps(report, indent=2))
@@ -52,7 +52,10 @@ def doctor(
         table.add_row(name, ", ".join(value) if isinstance(value, list) else str(value))
     if "cuda" not in report["devices"]:
         table.add_row("cuda", "none")
-    table.add_row("CPU products", report["native"])
+    table.add_section()
+    for name, value in report["backends"].items():
+        table.add_row(f"runs on {name}" if name.startswith(("cpu", "cuda:")) else name, str(value))
+    table.add_section()
     for name, there in report["compilers"].items():
         table.add_row(name, "yes" if there else "no")
     table.add_section()

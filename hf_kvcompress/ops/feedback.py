@@ -9,6 +9,11 @@ from __future__ import annotations
 
 import torch
 
+from . import kernels
+from .library import register
+
+THREADS, TILE = 256, 32
+SHARED = 48 << 10  # bytes of shared memory that every GPU gives without asking
 BLOCK = 32  # channels whose updates are made one by one before the rest gets them as one product
 
 
@@ -17,13 +22,18 @@ def feedback_matrix(moment: torch.Tensor, damping: float) -> tuple[torch.Tensor,
     moment = moment.double().nan_to_num(0.0, 0.0, 0.0)
     size = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp(min=torch.finfo(torch.float64).tiny)
     damped = moment / size + damping * torch.eye(moment.shape[-1], dtype=torch.float64, device=moment.device)
-    upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    # The `_ex` functions do not wait for the GPU to hear of an error; damping keeps the matrix positive definite.
+    upper = torch.linalg.cholesky_ex(torch.linalg.inv_ex(damped).inverse, upper=True).L
     return damped.float(), (upper / upper.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)).float()
 
 
 def round_with_feedback(z: torch.Tensor, weights: torch.Tensor, step: float, nbits: int) -> torch.Tensor:
     """Codes `[H, D, T]` (float32 whole numbers + 0.5, centred) of `z` `[H, D, T]`, which is overwritten."""
     heads, dim, tokens = z.shape
+    if kernels.serves(z) and 4 * TILE * dim <= SHARED:
+        codes = torch.empty_like(z, memory_format=torch.contiguous_format)
+        feedback(z.contiguous(), weights.contiguous(), codes, step, nbits)
+        return codes
     half = 2 ** (nbits - 1)
     codes = torch.empty_like(z)
     for start in range(0, dim, BLOCK):
@@ -37,3 +47,14 @@ def round_with_feedback(z: torch.Tensor, weights: torch.Tensor, step: float, nbi
         if end < dim:
             z[:, end:] -= weights[:, start:end, end:].mT @ errors
     return codes
+
+
+@register("Tensor z, Tensor weights, Tensor(a!) codes, float step, int nbits")
+def feedback(z: torch.Tensor, weights: torch.Tensor, codes: torch.Tensor, step: float, nbits: int) -> None:
+    """`round_with_feedback` in one launch, all contiguous; `z` stays as it is."""
+    heads, dim, tokens = z.shape
+    if z.numel() == 0:
+        return
+    kernel = kernels.load("quantize_feedback.cu", "round_with_feedback")
+    args: list[kernels.Argument] = [z, weights, codes, dim, tokens, step, float(2 ** (nbits - 1))]
+    kernel((-(-tokens // TILE), heads), THREADS, args, shared=4 * TILE * dim, like=z)

@@ -44,6 +44,12 @@ def _hartley(m: int) -> tuple[tuple[float, ...], ...]:
     )
 
 
+@lru_cache(maxsize=64)
+def hartley(m: int, device: torch.device) -> torch.Tensor:
+    """The Hartley matrix `[m, m]` of the odd part of a head size, float32. Do not write to it."""
+    return torch.tensor(_hartley(m), dtype=torch.float32, device=device)
+
+
 def _mix(x: torch.Tensor) -> torch.Tensor:
     """Hadamard (not normalised) times Hartley on axis 0 of `[dim, R]`; `x` is used as a buffer."""
     dim, columns = x.shape

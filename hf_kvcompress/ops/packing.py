@@ -1,7 +1,8 @@
 """Tight bit packing in planes of 8, 4, 2 or 1 bits.
 
 A plane of b bits keeps element `j + i * n / (8 / b)` in bits `b * i ...` of byte j, so unpacking writes contiguous runs
-with one shift and one mask. 3 bits are a 2-bit plane (the high bits) and a 1-bit plane (the low bit).
+with one shift and one mask. 3 bits are a 2-bit plane (the high bits) and a 1-bit plane (the low bit); 5 to 7 bits begin
+with a plane of 4.
 """
 
 from __future__ import annotations
@@ -9,7 +10,16 @@ from __future__ import annotations
 import torch
 
 #: bits of each plane, the plane of the high bits first
-PLANES: dict[int, tuple[int, ...]] = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,), 1: (1,)}
+PLANES: dict[int, tuple[int, ...]] = {
+    8: (8,),
+    7: (4, 2, 1),
+    6: (4, 2),
+    5: (4, 1),
+    4: (4,),
+    3: (2, 1),
+    2: (2,),
+    1: (1,),
+}
 
 
 def _planes(nbits: int) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 from .base import Policy
 from .expected import ExpectedAttentionPolicy
 from .h2o import H2OPolicy
+from .importance import ImportancePolicy
 from .keydiff import KeyDiffPolicy
 from .learned import LearnedPolicy
 from .random import RandomPolicy
@@ -30,6 +31,7 @@ POLICIES: dict[str, type[Policy]] = {
     "random": RandomPolicy,
     "learned": LearnedPolicy,
     "video": VideoPolicy,
+    "importance": ImportancePolicy,
 }
 
 

@@ -62,8 +62,11 @@ class EvictionConfig:
         pin: ranges of tokens `(start, end)`, counted from a row's first, that always stay.
         pin_prompt: the first pass (True) or its first tokens (a number) always stay.
         boundary: part of the tokens seen, at the beginning and at the end, that stays whatever its score.
-        demote_to: instead of being deleted, tokens move to this codec, or to host memory ("cpu"), and may come back.
-        demote_budget: tokens a head holds there at most; None is no limit.
+        demote_to: instead of being deleted, tokens move to this codec, or to host memory ("cpu"), and may come back; a
+            sequence of codecs, the last of which may be "cpu", is as many tiers.
+        demote_budget: tokens a head holds there at most, or their part of the tokens seen; None is no limit. One for
+            every tier where there are several.
+        hysteresis: part of a tier's places that tokens from below do not compete for, so that none go to and fro.
         fetch_pages: pages of the host tier that a pass reads, those with the highest bound on their scores.
     """
 
@@ -80,8 +83,9 @@ class EvictionConfig:
     pin: tuple[tuple[int, int], ...] = ()
     pin_prompt: bool | int = False
     boundary: float = 0.0
-    demote_to: str | None = None
-    demote_budget: int | None = None
+    demote_to: str | Sequence[str] | None = None
+    demote_budget: int | float | None | Sequence[int | float | None] = None
+    hysteresis: float = 0.0
     fetch_pages: int = 4
 
     def __post_init__(self) -> None:
@@ -92,7 +96,7 @@ class EvictionConfig:
         most = 1 if isinstance(self.budget, float) else math.inf
         if self.budget is not None and not 0 < self.budget <= most:
             raise _refuse("budget", "tokens (a whole number above 0) or a ratio above 0 and up to 1", self.budget)
-        for name in ("recent", "head_floor"):
+        for name in ("recent", "head_floor", "hysteresis"):
             part = getattr(self, name)
             if not isinstance(part, int | float) or not 0 <= part <= 1:
                 raise _refuse(name, "a number from 0 to 1", part)
@@ -110,13 +114,44 @@ class EvictionConfig:
             raise _refuse("pin_prompt", "True, False or a whole number of tokens", self.pin_prompt)
         if self.merge and self.demote_to is not None:
             raise _refuse("merge", "False beside demote_to, which loses no token to be merged", self.merge)
-        if self.demote_budget is not None and self.demote_budget < 1:
-            raise _refuse("demote_budget", "a whole number of at least 1, or None", self.demote_budget)
+        self._check_tiers()
+
+    def _check_tiers(self) -> None:
+        tiers, budgets = self.demote_to, self.demote_budget
+        if isinstance(tiers, Sequence) and not isinstance(tiers, str):
+            object.__setattr__(self, "demote_to", tuple(tiers))
+        if isinstance(budgets, Sequence) and not isinstance(budgets, str):
+            object.__setattr__(self, "demote_budget", tuple(budgets))
+            if len(budgets) != len(self.tiers):
+                raise _refuse("demote_budget", f"one for each of {len(self.tiers)} tiers", budgets)
+        if HOST in self.tiers[:-1]:
+            raise _refuse("demote_to", f"{HOST!r} as the last tier only", tiers)
+        for budget in self.tier_budgets:
+            whole = isinstance(budget, int) and not isinstance(budget, bool) and budget >= 1
+            if budget is not None and not whole and not (isinstance(budget, float) and 0 < budget <= 1):
+                expected = "a whole number of at least 1, a part of the tokens above 0 and up to 1, or None"
+                raise _refuse("demote_budget", expected, budget)
+
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        """Codecs of the tiers below the first, or "cpu"."""
+        if self.demote_to is None:
+            return ()
+        return (self.demote_to,) if isinstance(self.demote_to, str) else tuple(self.demote_to)
+
+    @property
+    def tier_budgets(self) -> tuple[int | float | None, ...]:
+        """Tokens a head, or their part, of each of `tiers`."""
+        if isinstance(self.demote_budget, Sequence):
+            return tuple(self.demote_budget)
+        return (self.demote_budget,) * len(self.tiers)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; a policy of your own stands there by its name."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         own["policy"] = self.policy if isinstance(self.policy, str) else self.policy.name
+        for name in ("demote_to", "demote_budget"):
+            own[name] = list(own[name]) if isinstance(own[name], tuple) else own[name]
         return {**own, "policy_options": dict(self.policy_options), "pin": [list(pair) for pair in self.pin]}
 
     def make_policy(self) -> Policy:

@@ -2,6 +2,18 @@
 
 from .passkey import Passkey, hide_passkey
 from .score import Decoded, Score, decode, score
-from .texts import read_text, standard_text, tokenize
+from .texts import load_text, read_text, standard_text, text_windows, tokenize
 
-__all__ = ["Decoded", "Passkey", "Score", "decode", "hide_passkey", "read_text", "score", "standard_text", "tokenize"]
+__all__ = [
+    "Decoded",
+    "Passkey",
+    "Score",
+    "decode",
+    "hide_passkey",
+    "load_text",
+    "read_text",
+    "score",
+    "standard_text",
+    "text_windows",
+    "tokenize",
+]

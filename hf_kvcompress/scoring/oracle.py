@@ -99,7 +99,7 @@ class FutureAttention:
         plan = source_of(call.mask, "mask")
         if not isinstance(plan, MaskPlan) or call.query.shape[0] != 1:
             raise ValueError("future attention: expected passes of one row under transformers' own causal masks")
-        weights = _weights(call)  # [Hq, q, n]
+        weights = attention_weights(call)  # [Hq, q, n]
         heads = call.key.shape[1]
         mass = weights.unflatten(0, (heads, -1)).sum((1, 2))
         end = plan.start + plan.q_length
@@ -129,12 +129,14 @@ class FutureAttention:
         return f"{type(self).__name__}(layers={sorted(self._passes)})"
 
 
-def _weights(call: AttentionCall) -> torch.Tensor:
-    """Attention weights `[Hq, q, n]` in float32, as the model takes them."""
+def attention_weights(call: AttentionCall, head: int | None = None) -> torch.Tensor:
+    """Attention weights `[Hq, q, n]` in float32, as the model takes them; with `head` of that head's queries only."""
     groups = call.query.shape[1] // call.key.shape[1]
-    keys = call.key[0].float().repeat_interleave(groups, 0)
-    scores = call.query[0].float() @ keys.mT * call.scaling
+    own = slice(None) if head is None else slice(head * groups, (head + 1) * groups)
+    keys = (call.key[0] if head is None else call.key[0, head : head + 1]).float().repeat_interleave(groups, 0)
+    scores = call.query[0, own].float() @ keys.mT * call.scaling
     softcap, sinks = call.extras.get("softcap"), call.extras.get("s_aux")
+    sinks = None if sinks is None else sinks[own]
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     assert call.mask is not None

@@ -35,6 +35,54 @@ def read_text(path: str | Path) -> str:
     return Path(path).read_text(encoding="utf-8")
 
 
+def load_text(name: str | Path) -> str:
+    """`prose`, `code`, a UTF-8 file, or `datasets:NAME[:CONFIG][:SPLIT][:COLUMN]` of the datasets library.
+
+    Raises:
+        ValueError: nothing of that name is there; OSError, UnicodeDecodeError: the file cannot be read.
+    """
+    if name in ("prose", "code"):
+        return standard_text(str(name))
+    if isinstance(name, str) and name.startswith("datasets:"):
+        return _dataset_text(name)
+    if not Path(name).is_file():
+        raise ValueError(f"text: expected prose, code, a file or datasets:NAME, got {str(name)!r}")
+    return read_text(name)
+
+
+def _dataset_text(name: str) -> str:
+    """A column of a data set, its rows one after the other."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ValueError(f"text: {name!r} needs datasets: pip install 'hf_kvcompress[eval]'") from None
+    path, config, split, column = (name.removeprefix("datasets:").split(":") + ["", "", ""])[:4]
+    if path.endswith((".json", ".jsonl", ".txt", ".csv")):
+        kind = {"jsonl": "json", "txt": "text"}.get(path.rsplit(".", 1)[1], path.rsplit(".", 1)[1])
+        rows = load_dataset(kind, data_files=path, split=split or "train")
+    else:
+        rows = load_dataset(path, config or None, split=split or "test")
+    if (column or "text") not in rows.column_names:
+        raise ValueError(f"text: expected a column of {', '.join(rows.column_names)}, got {column or 'text'!r}")
+    return "\n".join(rows[column or "text"])
+
+
+def text_windows(tokenizer: Any, text: str, number: int, length: int) -> list[torch.Tensor]:
+    """`number` windows `[1, length]`, evenly spread and without overlap, each with the usual special tokens before it.
+
+    Raises:
+        ValueError: the text has fewer.
+    """
+    prefix = tokenizer("")["input_ids"]
+    size = length - len(prefix)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    pieces = len(ids) // size
+    if pieces < number:
+        raise ValueError(f"text: expected {number} windows of {size} tokens, got a text of {len(ids)} tokens")
+    starts = [index * (pieces - 1) // max(number - 1, 1) * size for index in range(number)]
+    return [torch.tensor([prefix + ids[start : start + size]]) for start in starts]
+
+
 def tokenize(tokenizer: Any, text: str, length: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """The first `length` tokens of a text, `[1, length]`, with the tokenizer's usual special tokens before them.
 

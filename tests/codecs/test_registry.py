@@ -10,7 +10,11 @@ from .test_codecs import ROLES, make
 
 def test_names():
     expected = "identity fp8 int8 int4 int3 int2 channel8 channel4 channel3 channel2 kivi8 kivi4 kivi3 kivi2"
-    assert codec_names() == f"{expected} turbo4 turbo3 turbo2 eqrot4 eqrot3 eqrot2".split()
+    expected += (
+        " turbo4 turbo3 turbo2 eqrot4 eqrot3 eqrot2 haar4 haar3 haar2"
+    expected += " pca4 pca3 pca2.5 pca2 pca1.5 pca1.125 pca1"
+    )
+    assert codec_names() == expected.split()
     assert parse("eqrot4") == ("eqrot", 4)
     assert parse("identity") == ("identity", 0)
     assert [make("kivi4", role, 64).name for role in ROLES] == ["channel4", "int4"]

@@ -11,7 +11,10 @@ from inspect import signature
 from typing import Any
 
 import hf_kvcompress as kvc
+from hf_kvcompress.paging.cache import PagedCache
 from hf_kvcompress.policies.registry import POLICIES
+
+from ..calibrated import calibration_for
 
 PAGE, RESIDUAL, SINKS = 8, 8, 2
 CORE = ("llama", "mistral", "gemma3")  # full, sliding, both
@@ -70,6 +73,11 @@ def _without_config(**fixed: Any) -> Callable[..., Any]:
     return lambda config=None, **settings: kvc.CompressedCache(**{**SMALL, **fixed, **settings})
 
 
+def _cpac(config: Any = None, **settings: Any) -> Any:
+    """Keys compared before their rotation, where a config says which."""
+    return kvc.CPACCache(config, **{**SMALL, "frame": "rotated" if config is None else "unrotated", **settings})
+
+
 EXACT = [
     Factory("identity", _with(kvc.CompressedCache, codec="identity"), exact=True, full=True),
     Factory("identity-no-config", _without_config(codec="identity"), exact=True),
@@ -79,16 +87,30 @@ EXACT = [
         exact=True,
         models=SLIDING,
     ),
+    Factory("PagedCache-identity", _with(PagedCache, codec="identity"), exact=True, full=True),
     Factory("identity-page-of-32", _with(kvc.CompressedCache, codec="identity", page_size=32), exact=True, models=CORE),
     Factory("identity-no-sinks", _with(kvc.CompressedCache, codec="identity", sink_length=0), exact=True, models=CORE),
 ]
 CODECS = ("fp8", "int8", "int4", "int2", "kivi4", "kivi2", "turbo4", "turbo3", "eqrot4", "eqrot3", "eqrot2")
+
+
+def _transform(config: Any = None, **settings: Any) -> Any:
+    """Made for the very model that the config is of, from random tokens."""
+    given = {**SMALL, "calibration": calibration_for(config), **settings}
+    return kvc.TransformCache(config, **given)
+
+
 LOSSY = [
     Factory(codec, _with(kvc.CompressedCache, codec=codec), learns=codec.startswith("eqrot")) for codec in CODECS
 ] + [
     Factory("KIVICache", _with(kvc.KIVICache)),
+    Factory("PagedCache", _with(PagedCache, codec="int4")),
     Factory("TurboQuantCache", _with(kvc.TurboQuantCache)),
     Factory("EqRotCache", _with(kvc.EqRotCache), learns=True),
+    Factory("CPACCache", _with(kvc.CPACCache, frame="rotated"), learns=True),
+    Factory("TransformCache", _transform, models=(*CORE, "cohere2", "phi3", "gpt_oss")),
+    Factory("CPACCache-unrotated", _cpac, learns=True, models=CORE),
+    Factory("CPACCache-kivi2", _with(kvc.CPACCache, codec="kivi2", frame="rotated")),
     Factory("FP8Cache", _with(kvc.FP8Cache)),
     Factory("Int8Cache", _with(kvc.Int8Cache)),
     Factory("keys-eqrot4-values-int2", _with(kvc.CompressedCache, keys="eqrot4", values="int2"), learns=True),
@@ -141,6 +163,15 @@ _WRAPPED = [
     _policy("merging", "h2o", codec="eqrot4", budget=TIGHT, merge=True),
     _policy("demoting", "h2o", codec="identity", budget=TIGHT, demote_to="int2", demote_budget=24),
     _policy("to-host", "snapkv", codec="int4", budget=TIGHT, demote_to="cpu"),
+    _policy(
+        "three-tiers",
+        "importance",
+        codec="identity",
+        budget=TIGHT,
+        demote_to=("int8", "int4", "cpu"),
+        demote_budget=(8, 16, None),
+        hysteresis=0.1,
+    ),
 ]
 EVICTING = _PLAIN + _WRAPPED
 #: whatever policies ask for, every kind of codec, every wrapper

@@ -12,6 +12,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from hf_kvcompress.attention import kvcompress_attention
 from hf_kvcompress.lanes import LanePages
+from hf_kvcompress.rotary import Rotary
 
 from .zoo import WINDOW
 
@@ -214,6 +215,8 @@ def held_bytes(cache: Any) -> int:
             waiting += [*item.keys(), *item.values()]
         elif isinstance(item, list | tuple | set | frozenset):
             waiting += item
+        elif isinstance(item, Rotary):
+            continue  # of the model
         elif type(item).__module__.startswith(("hf_kvcompress", "transformers.cache_utils")):
             waiting += list(getattr(item, "__dict__", {}).values())
             waiting += [getattr(item, name) for name in getattr(type(item), "__slots__", ()) if hasattr(item, name)]

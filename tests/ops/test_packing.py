@@ -64,8 +64,8 @@ def test_not_contiguous():
 
 
 def test_errors_name_the_argument():
-    with pytest.raises(ValueError, match=r"nbits: expected one of \[1, 2, 3, 4, 8\], got 5"):
-        pack(torch.zeros(8, dtype=torch.uint8), 5)
+    with pytest.raises(ValueError, match=r"nbits: expected one of \[1, 2, 3, 4, 5, 6, 7, 8\], got 9"):
+        pack(torch.zeros(8, dtype=torch.uint8), 9)
     with pytest.raises(ValueError, match="codes: expected dtype torch.uint8, got torch.int64"):
         pack(torch.zeros(8, dtype=torch.int64), 4)
     with pytest.raises(ValueError, match="planes: expected 2 for nbits=3, got 1"):

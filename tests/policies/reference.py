@@ -119,8 +119,25 @@ def random(row: Row) -> Scores:
     return scores
 
 
+def importance(row: Row) -> Scores:
+    """Two parts of value norm to one of attention mass, by rank; the learned part has no predictor here."""
+    scores = []
+    for lane in row:
+        count = max(len(lane.keys) - 1, 1)
+
+        def ranks(numbers: torch.Tensor, count: int = count) -> torch.Tensor:
+            order = sorted(range(len(numbers)), key=lambda i: (float(numbers[i]), i))
+            return torch.tensor([float(order.index(i)) for i in range(len(numbers))]) / count
+
+        # In this order, with these weights: sums of ranks are often equal, and equal ones must be equal here as well.
+        total = 0.4 / (0.4 + 0.2) * ranks(lane.values.norm(dim=-1))
+        scores.append(total + 0.2 / (0.4 + 0.2) * ranks(lane.mass))
+    return scores
+
+
 SCORES: dict[str, Callable[[Row], Scores]] = {
-    function.__name__: function for function in (streaming, h2o, snapkv, tova, expected, keydiff, rkv, random)
+    function.__name__: function
+    for function in (streaming, h2o, snapkv, tova, expected, keydiff, rkv, random, importance)
 }
 #: newest queries that each policy asks
 WINDOWS = {"snapkv": 64, "tova": 1, "expected": 64, "rkv": 8}

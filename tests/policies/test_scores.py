@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hf_kvcompress as kvc
+from hf_kvcompress.ops.select import highest
 from hf_kvcompress.policies.base import Candidates, Observers
 from hf_kvcompress.policies.layer_budgets import layer_weights
 from hf_kvcompress.policies.registry import make_policy
-from hf_kvcompress.selection import highest
 
 from ..conformance.factories import SMALL
 from ..conformance.state import held
