@@ -24,19 +24,7 @@ from hf_kvcompress.commands.contenders import contender
 from hf_kvcompress.scoring import score
 
 RATIOS = (2.0, 4.0, 6.0, 8.0)
-CODECS = (
-    "int8",
-    "eqrot4",
-    "eqrot4/eqrot3",
-    "eqrot3",
-    "eqrot3/eqrot2",
-    "eqrot2",
-    "turbo4",
-    "haar3",
-    "haar2",
-    "kivi4",
-    "kivi2",
-)
+CODECS = ("int8", "eqrot4", "eqrot3", "eqrot3/eqrot2", "eqrot2", "turbo4", "haar3", "haar2", "kivi4", "kivi2")
 TIERS = {
     "HierarchicalCache (exact, int8, eqrot4)": (("identity", "int8", "eqrot4"), 0.5),
     "HierarchicalCache (exact, eqrot4, eqrot2)": (("identity", "eqrot4", "eqrot2"), 0.25),
@@ -73,7 +61,7 @@ def strategies(config: Any, calibration: str | None) -> dict[str, Callable[[], A
     for codec in ("eqrot4", "eqrot3"):
         makers[f"CPACCache ({codec})"] = lambda codec=codec: kvc.CPACCache(config, codec=codec, **exact)
     if calibration is not None:
-        for bits in (4, 3, 2):
+        for bits in (3, 2.5, 2, 1.6):
             makers[f"TransformCache ({bits} bits)"] = lambda bits=bits: kvc.TransformCache(
                 config, calibration=calibration, bits=bits, **exact
             )

@@ -34,6 +34,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", type=Path, help="a file that `kvcompress calibrate` wrote, instead")
     parser.add_argument("--text", action="append", help="a UTF-8 file, `prose` or `code`; may be repeated")
     parser.add_argument("--bits", default=",".join(f"{bits:g}" for bits in TRANSFORM_BITS))
+    parser.add_argument("--beside", default=",".join(ROTATED), help="keys/values of other caches, comma-separated")
+    parser.add_argument("--calibration-tokens", type=int, default=8192)
     parser.add_argument("--prompt-tokens", type=int, default=1536)
     parser.add_argument("--score-tokens", type=int, default=512)
     return parser.parse_args()
@@ -46,7 +48,7 @@ def text_of(name: str) -> str:
 def settings_of(args: argparse.Namespace, calibration: Calibration) -> dict[str, dict[str, Any]]:
     """Every cache of the table by name."""
     found: dict[str, dict[str, Any]] = {}
-    for name in ROTATED:
+    for name in filter(None, args.beside.split(",")):
         keys, values = name.split("/")
         found[name] = {"keys": keys, "values": values}
     for bits in args.bits.split(","):
@@ -62,7 +64,8 @@ def main() -> None:
         calibration = Calibration.open(args.calibration)
     else:
         begun = time.perf_counter()
-        calibration = calibrate(model, [text_of(name) for name in args.calibrate or ["prose"]], tokenizer)
+        texts = [text_of(name) for name in args.calibrate or ["prose"]]
+        calibration = calibrate(model, texts, tokenizer, tokens=args.calibration_tokens)
         print(f"calibrated in {time.perf_counter() - begun:.0f} s, {calibration.nbytes:,} bytes", flush=True)
     length = args.prompt_tokens + args.score_tokens + 1
     rows: list[dict[str, Any]] = []

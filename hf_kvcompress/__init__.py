@@ -11,10 +11,15 @@ from .enable import disable, enable
 from .hierarchical import HierarchicalCache
 from .measure import tensor_bytes
 from .monitor import ReconstructionError
+from .paging.cache import PagedCache
+from .paging.engine import PagedAttentionEngine
+from .paging.manager import MemoryManager
+from .paging.pool import BlockPool, PoolFullError
 from .planner import plan
 from .plans import Plan
 from .policies.base import Candidates, Policy
 from .policies.settings import EvictionConfig
+from .prefix.cache import PrefixCache
 from .stats import CacheStats
 from .strategies import (
     AdaKVCache,
@@ -42,6 +47,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaKVCache",
+    "BlockPool",
     "CPACCache",
     "CacheConfig",
     "CacheStats",
@@ -59,10 +65,15 @@ __all__ = [
     "KeyDiffCache",
     "LayerConfig",
     "LearnedCache",
+    "MemoryManager",
     "PRESETS",
     "PageSimilarityTracker",
+    "PagedAttentionEngine",
+    "PagedCache",
     "Plan",
     "Policy",
+    "PoolFullError",
+    "PrefixCache",
     "PyramidKVCache",
     "RKVCache",
     "RandomCache",

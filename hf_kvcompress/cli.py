@@ -14,7 +14,9 @@ def build() -> Any:
     from .commands.demo import demo
     from .commands.doctor import doctor
     from .commands.evaluate import evaluate
+    from .commands.lm_eval import lm_eval
     from .commands.plan import plan
+    from .commands.serve_demo import serve_demo
     from .commands.train_policy import train_policy
     from .commands.tune import tune
 
@@ -23,7 +25,10 @@ def build() -> Any:
     app.command()(demo)
     app.command()(doctor)
     app.command("eval")(evaluate)
+    passed_on = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+    app.command("lm-eval", context_settings=passed_on, add_help_option=False)(lm_eval)
     app.command()(plan)
+    app.command("serve-demo")(serve_demo)
     app.command()(tune)
     app.command("train-policy")(train_policy)
     return app

@@ -43,7 +43,7 @@ def choose(name: str, value: object, known: tuple[str, ...]) -> str:
     )
 
 
-def _codec(argument: str, name: object) -> tuple[str, int]:
+def _codec(argument: str, name: object) -> tuple[str, float]:
     """Family and bits of a codec's name; an error names the argument that it came in."""
     try:
         return parse(name)  # type: ignore[arg-type]

@@ -70,8 +70,8 @@ class Portable:
         """
         header, tensors = unpack(Path(path).read_bytes(), "path")
         check(header, config, dtype, "path")
-        own = {} if policy is None else {"policy": policy}
-        cache = cls.from_settings(config, {**header["settings"], **own}, monitor=monitor, calibration=calibration, **more)
+        settings = header["settings"] | ({} if policy is None else {"policy": policy})
+        cache = cls.from_settings(config, settings, monitor=monitor, calibration=calibration, **more)
         cache.put_back([Snapshot(header["layers"], tensors)], device)
         return cache
 

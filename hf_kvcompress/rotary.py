@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class Rotary:
     frequencies: torch.Tensor | None
     neighbours: bool = False
     scaling: float = 1.0
+    _on: dict[torch.device, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def apply(self, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         """Turn `x` `[..., T, D]` float32 to its positions `at` `[..., T]` (whole numbers, broadcast)."""
@@ -55,7 +56,9 @@ class Rotary:
     def _turn(self, x: torch.Tensor, at: torch.Tensor, sign: float, scaling: float) -> torch.Tensor:
         if self.frequencies is None:
             return x
-        angles = at[..., None].to(x.device, torch.float32) * self.frequencies.to(x.device)  # as the models do
+        if x.device not in self._on:  # a decode step copies nothing
+            self._on[x.device] = self.frequencies.to(x.device)
+        angles = at[..., None].to(x.device, torch.float32) * self._on[x.device]  # as the models do
         cos, sin = angles.cos().mul_(scaling), angles.sin_().mul_(sign * scaling)
         turning = 2 * len(self.frequencies)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)

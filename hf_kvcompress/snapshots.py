@@ -141,7 +141,7 @@ class _Writer:
             return {"class": "PageStore", "state": self._pages(x, name)}
         if type(x) in HELD:
             self._names[id(x)] = name
-            state = {key: self.put(getattr(x, key), f"{name}.{key}") for key in HELD[type(x)] if hasattr(x, key)}
+            state = {key: self.put(getattr(x, key), f"{name}.{key}") for key in HELD[type(x)]}
             return {"class": type(x).__name__, "name": name, "state": state}
         raise expect(name, "a value that can be saved", type(x).__name__)
 

@@ -98,7 +98,7 @@ def test_codecs_and_policies_do_not_import_each_other(folder):
 
 
 def test_base_install_imports_without_extras():
-    extras = ["cupy", "datasets", "evaluate", "lm_eval", "gguf", "matplotlib", "rich", "typer", "optimum"]
+    extras = ["cupy", "datasets", "evaluate", "lm_eval", "gguf", "matplotlib", "rich", "typer", "optimum", "redis"]
     block = f"import sys; sys.modules.update(dict.fromkeys({extras}))"
     subprocess.run(
         [sys.executable, "-c", f"{block}; import hf_kvcompress; hf_kvcompress.CompressedCache()"], check=True

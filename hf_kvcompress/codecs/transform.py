@@ -50,8 +50,8 @@ class Frame:
         """The same on another device."""
         if self.mean.device == device:
             return self
-        moved = (t.to(device) for t in (self.mean, self.to, self.back, self.edges, self.levels))
-        return Frame(*moved, self.bits, self.rotated)
+        mean, to, back, edges, levels = (t.to(device) for t in (self.mean, self.to, self.back, self.edges, self.levels))
+        return Frame(mean, to, back, edges, levels, self.bits, self.rotated)
 
 
 class TransformCodec(Codec):

@@ -10,10 +10,8 @@ from .test_codecs import ROLES, make
 
 def test_names():
     expected = "identity fp8 int8 int4 int3 int2 channel8 channel4 channel3 channel2 kivi8 kivi4 kivi3 kivi2"
-    expected += (
-        " turbo4 turbo3 turbo2 eqrot4 eqrot3 eqrot2 haar4 haar3 haar2"
+    expected += " turbo4 turbo3 turbo2 eqrot4 eqrot3 eqrot2 haar4 haar3 haar2"
     expected += " pca4 pca3 pca2.5 pca2 pca1.5 pca1.125 pca1"
-    )
     assert codec_names() == expected.split()
     assert parse("eqrot4") == ("eqrot", 4)
     assert parse("identity") == ("identity", 0)
@@ -22,6 +20,7 @@ def test_names():
     for name in codec_names():
         if not name.startswith("kivi"):
             assert make(name, "key", 64).name == name
+    assert [make(name, "value", 64).name for name in ("pca4", "pca1.5")] == ["eqrot4", "eqrot2"]
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ class Factory:
         models: the models it runs on; all if empty.
         learns: packs with statistics of the tokens before, so chunking may change pages within the codec's bound.
         attentions: the attentions it runs under; all if empty.
+        needs_config: refuses to be made without one.
         evicts: keeps only some tokens, by rows, which models that expand what they cache before attention never show.
     """
 
@@ -46,6 +47,7 @@ class Factory:
     learns: bool = False
     attentions: tuple[str, ...] = ()
     evicts: bool = False
+    needs_config: bool = False
 
     def runs_on(self, model: str) -> bool:
         return (not self.models or model in self.models) and not (self.evicts and model in EXPANDING)
@@ -96,7 +98,7 @@ CODECS = ("fp8", "int8", "int4", "int2", "kivi4", "kivi2", "turbo4", "turbo3", "
 
 def _transform(config: Any = None, **settings: Any) -> Any:
     """Made for the very model that the config is of, from random tokens."""
-    given = {**SMALL, "calibration": calibration_for(config), **settings}
+    given = {**SMALL, "calibration": config and calibration_for(config), **settings}
     return kvc.TransformCache(config, **given)
 
 
@@ -108,7 +110,7 @@ LOSSY = [
     Factory("TurboQuantCache", _with(kvc.TurboQuantCache)),
     Factory("EqRotCache", _with(kvc.EqRotCache), learns=True),
     Factory("CPACCache", _with(kvc.CPACCache, frame="rotated"), learns=True),
-    Factory("TransformCache", _transform, models=(*CORE, "cohere2", "phi3", "gpt_oss")),
+    Factory("TransformCache", _transform, models=(*CORE, "cohere2", "phi3", "gpt_oss"), needs_config=True),
     Factory("CPACCache-unrotated", _cpac, learns=True, models=CORE),
     Factory("CPACCache-kivi2", _with(kvc.CPACCache, codec="kivi2", frame="rotated")),
     Factory("FP8Cache", _with(kvc.FP8Cache)),

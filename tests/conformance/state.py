@@ -11,6 +11,8 @@ from transformers import LlamaConfig, MistralConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from hf_kvcompress.attention import kvcompress_attention
+from hf_kvcompress.calibration import Calibration
+from hf_kvcompress.codecs.transform import Frame
 from hf_kvcompress.lanes import LanePages
 from hf_kvcompress.rotary import Rotary
 
@@ -215,7 +217,7 @@ def held_bytes(cache: Any) -> int:
             waiting += [*item.keys(), *item.values()]
         elif isinstance(item, list | tuple | set | frozenset):
             waiting += item
-        elif isinstance(item, Rotary):
+        elif isinstance(item, Rotary | Calibration | Frame):
             continue  # of the model
         elif type(item).__module__.startswith(("hf_kvcompress", "transformers.cache_utils")):
             waiting += list(getattr(item, "__dict__", {}).values())

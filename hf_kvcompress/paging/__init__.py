@@ -1,0 +1,1 @@
+"""Memory in blocks: pools, block tables, a cache that shares its pages, and an engine over it."""
