@@ -170,3 +170,22 @@ class CacheStats(Mapping[str, Any]):
         head = "".join(f"<th>{escape(name)}</th>" for name in self._HEADER)
         body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in self._rows())
         return f"<p>{escape(self._title())}</p><table><tr>{head}</tr>{body}</table>"
+
+    def to_pandas(self) -> Any:
+        """A row a layer, the fields of `LayerStats` as columns. Needs pandas."""
+        import pandas
+
+        return pandas.DataFrame([asdict(layer) for layer in self.layers]).set_index("layer")
+
+    def plot(self) -> Any:
+        """A matplotlib figure: MB of each layer, held and as it would be uncompressed. Needs matplotlib."""
+        from matplotlib.figure import Figure  # without pyplot: no window, no state
+
+        figure = Figure(figsize=(7, 3), layout="constrained")
+        axes = figure.subplots()
+        places = [layer.layer for layer in self.layers]
+        axes.bar(places, [layer.bytes_uncompressed / MB for layer in self.layers], color="0.85", label="uncompressed")
+        axes.bar(places, [layer.bytes_held / MB for layer in self.layers], width=0.5, label="held")
+        axes.set(xlabel="layer", ylabel="MB", title=self._title())
+        axes.legend()
+        return figure

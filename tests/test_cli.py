@@ -118,6 +118,8 @@ def test_default_caches_fit_the_model():
         "balanced",
         "small",
         "tiny",
+        "HierarchicalCache",
+        "CPACCache",
         "quanto4",
     ]
     config.layer_types = ["sliding_attention", "full_attention"]

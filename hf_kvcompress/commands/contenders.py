@@ -11,11 +11,13 @@ from ..harness.specs import Entrant as Contender
 
 __all__ = ["BASELINE", "Contender", "Unavailable", "check_name", "contender", "default_names"]
 
+STRATEGIES = ("HierarchicalCache", "CPACCache")
+
 
 def default_names(config: Any) -> list[str]:
-    """Uncompressed, the presets and transformers' quantized cache, as far as the model has a use for each."""
+    """Uncompressed, the presets, strategies that need no file, and transformers' quantized cache where it can run."""
     hybrid = "sliding_attention" in (getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
-    return [BASELINE, *PRESETS, "quanto4", *(["quanto4-full"] if hybrid else [])]
+    return [BASELINE, *PRESETS, *STRATEGIES, "quanto4", *(["quanto4-full"] if hybrid else [])]
 
 
 def check_name(name: str) -> None:

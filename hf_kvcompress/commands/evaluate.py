@@ -32,6 +32,9 @@ def evaluate(
     text: Annotated[
         list[str] | None, typer.Option(help="prose, code, a UTF-8 file or datasets:NAME[:CONFIG][:SPLIT][:COLUMN].")
     ] = None,
+    records: Annotated[
+        list[str] | None, typer.Option(help="qa:FILE or summary:FILE, .json or .jsonl, or qa:datasets:NAME.")
+    ] = None,
     tasks: Annotated[str | None, typer.Option(help="Comma-separated names of tasks; `none` leaves them out.")] = None,
     task_length: Annotated[list[int] | None, typer.Option(min=32, help="Context of the tasks, in tokens.")] = None,
     seeds: Annotated[
@@ -56,7 +59,7 @@ def evaluate(
         chosen = _suite(suite, tasks, task_length, seeds, size)
         source = model or str(demo_model(lambda line: console.print(line, highlight=False)))
         loaded, tokenizer = load_model(source, dtype, device)
-        report = _run(loaded, tokenizer, specs, chosen, text or ["prose"], out, score_dtype, console)
+        report = _run(loaded, tokenizer, specs, chosen, text or ["prose"], records or [], out, score_dtype, console)
     except (ValueError, ImportError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
             raise
@@ -93,8 +96,8 @@ def _suite(
 
 
 def _run(
-    model: Any, tokenizer: Any, specs: list[CacheSpec], suite: Suite, texts: list[str], out: Path | None,
-    score_dtype: str, console: Console,
+    model: Any, tokenizer: Any, specs: list[CacheSpec], suite: Suite, texts: list[str], records: list[str],
+    out: Path | None, score_dtype: str, console: Console,
 ) -> Report:  # fmt: skip
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(
@@ -105,4 +108,4 @@ def _run(
         def on_unit(unit: str, index: int, total: int, cache: str) -> None:
             progress.update(bar, completed=index, total=total, description=escape(f"{unit} {cache}"))
 
-        return measure(model, specs, suite, tokenizer, texts, out, score_dtype, on_unit=on_unit)
+        return measure(model, specs, suite, tokenizer, texts, records, out, score_dtype, on_unit=on_unit)

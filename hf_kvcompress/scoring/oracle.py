@@ -66,13 +66,11 @@ def _watched_attention(
     return kvcompress_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
-AttentionInterface.register(NAME, _watched_attention)
-AttentionMaskInterface.register(NAME, kvcompress_mask)
-
-
 @contextmanager
 def watching(model: PreTrainedModel, watcher: Watcher) -> Iterator[None]:
     """Show `watcher` every call of the model's attention; afterwards the model has the attention it had before."""
+    AttentionInterface.register(NAME, _watched_attention)  # not on import: that changes nothing but our own two names
+    AttentionMaskInterface.register(NAME, kvcompress_mask)
     token = _watcher.set(watcher)
     try:
         with enable(model):

@@ -74,7 +74,8 @@ def test_prompts_no_longer_than_the_prefix(codec: str, length: int) -> None:
     cache.crop(reused - 96)
     if reused < 96 and reused:  # cropped, like a cache that read the prefix and went back
         expected = rest(llama(), cache, ids, reused)
-        assert torch.equal(got, expected) or length in (17, 33) and (got - expected).abs().max() <= TOLERANCE
+        # a single token behind a page goes through another product in the model than several do
+        assert (got - expected).abs().max() <= (TOLERANCE if length in (17, 33) else 0)
 
 
 @pytest.mark.parametrize("at", [1, 15, 16, 17, 50, 64, 95])
