@@ -1,5 +1,6 @@
 # make demo   the main job: a real model through every preset, one table
 # make test   linters, types and tests, on the newest and on the oldest supported transformers
+# make notebooks  execute the notebooks
 # make lint   linters and types only
 # make bench  a decode step of one large layer, into results/
 # make clean  remove environments and caches
@@ -23,19 +24,22 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal --durations 10
 
-.PHONY: demo test test-newest test-oldest lint bench clean
+.PHONY: demo test test-newest test-oldest notebooks lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
 	OMP_NUM_THREADS=$$(nproc 2>/dev/null || echo 2) $(BIN)/kvcompress demo $(ARGS)
 
-test: lint test-newest test-oldest
+test: lint test-newest test-oldest notebooks
 
 test-newest: $(VENV)/.test
 	HF_HUB_OFFLINE=1 $(BIN)/python $(PYTEST) tests
 
 test-oldest: $(VENV_OLDEST)/.test
 	HF_HUB_OFFLINE=1 $(VENV_OLDEST)/bin/python $(PYTEST) tests --ignore tests/cuda_cpu  # kernels know no transformers
+
+notebooks: $(VENV)/.test
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout=300 notebooks
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

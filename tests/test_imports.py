@@ -1,6 +1,7 @@
 """Who may import whom: the package reads in one direction."""
 
 import ast
+import configparser
 import subprocess
 import sys
 from pathlib import Path
@@ -103,3 +104,10 @@ def test_base_install_imports_without_extras():
     subprocess.run(
         [sys.executable, "-c", f"{block}; import hf_kvcompress; hf_kvcompress.CompressedCache()"], check=True
     )
+
+
+def test_setup_names_every_package():
+    found = {".".join(path.parent.relative_to(PACKAGE.parent).parts) for path in PACKAGE.rglob("__init__.py")}
+    setup = configparser.ConfigParser()
+    setup.read(PACKAGE.parent / "setup.cfg")
+    assert set(setup["options"]["packages"].split()) == found | {"hf_kvcompress.cuda"}
