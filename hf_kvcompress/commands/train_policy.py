@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
+from ..harness.loading import load_model
 from ..scoring import read_text, standard_text
 from ..training import LayerReport
 from ..training import train_policy as train
@@ -37,11 +35,7 @@ def train_policy(
     """Train the policy "learned" for a model: minutes on a CPU for a small one."""
     console = Console()
     try:
-        transformers_logging.disable_progress_bar()
-        transformers_logging.set_verbosity_error()
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
-        loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+        loaded, tokenizer = load_model(model)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console, transient=True) as progress:
             bar = progress.add_task("reading", total=None)

@@ -6,18 +6,14 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
+from ..harness.loading import FLOAT32_PARAMETERS, load_model
 from ..scoring import read_text, standard_text
 from ..tuning import CANDIDATES, Tuned
 from ..tuning import tune as search
-
-FLOAT32_PARAMETERS = 1_000_000_000
 
 
 def tune(
@@ -37,13 +33,9 @@ def tune(
     """Search single layers' codecs on texts; by default the Python manual."""
     console = Console()
     try:
-        transformers_logging.disable_progress_bar()
-        transformers_logging.set_verbosity_error()
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
+        loaded, tokenizer = load_model(model)
         if loaded.num_parameters() <= FLOAT32_PARAMETERS:
             loaded = loaded.float()  # rounding in half precision would hide small divergences
-        loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu")
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console, transient=True) as progress:
             bar = progress.add_task("uncompressed", total=None)
