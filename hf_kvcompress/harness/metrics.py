@@ -5,6 +5,7 @@ Use them directly, `metric.compute(predictions=..., references=...)`, or with `e
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import datasets
@@ -28,8 +29,8 @@ class _TextMetric(evaluate.Metric):
         one = datasets.Features({"predictions": datasets.Value(WORD), "references": datasets.Value(WORD)})
         return evaluate.MetricInfo(description=self.what, citation="", inputs_description="", features=[many, one])
 
-    def _of_pair(self, prediction: str, reference: str) -> float:
-        raise NotImplementedError
+    @abstractmethod
+    def _of_pair(self, prediction: str, reference: str) -> float: ...
 
     def _compute(self, predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> dict[str, float]:
         scores = [
