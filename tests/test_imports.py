@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "hf_kvcompress"
 # A module may import from its own line and from the lines below it.
 LAYERS = [
     {"__init__", "__main__", "cli", "strategies", "commands", "scoring", "analysis", "integrations", "tuning", "cpac"}
-    | {"hierarchical", "harness"}
+    | {"hierarchical", "harness", "experiments", "monitoring"}
     | {"training", "calibrating"},
     {"paging"},
     {"prefix"},
