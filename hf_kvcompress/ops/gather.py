@@ -149,9 +149,7 @@ def gather_into(
     for number, target in enumerate(out):
         own = fields[number * parts : (number + 1) * parts]
         directory += _entry(Layout(tokens[number], tokens_last[number]), fills[number], target, own)
-    table = torch.tensor(directory, dtype=torch.int64)
-    if index.is_cuda:
-        table = table.pin_memory().to(index.device, non_blocking=True)
+    table = kernels.without_waiting(torch.tensor(directory, dtype=torch.int64), index.device)
     kernel = kernels.load("gather_tokens.cu", "gather_tokens")
     args: list[kernels.Argument] = [index, table, parts, len(out), length, page]
     kernel((n, length // page), 128, args, shared=12 * page, like=index, reached=[*fields, *out])

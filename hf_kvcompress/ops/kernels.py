@@ -129,6 +129,11 @@ def _unready(index: int) -> str:
     return ""
 
 
+def without_waiting(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small table of the host where kernels read it; the stream is not stopped for it."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
 @cache
 def load(source: str, name: str, **defines: int) -> Kernel:
     """The kernel `name` of `cuda/<source>`, compiled with these macros for each device when it first runs there."""
