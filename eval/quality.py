@@ -1,129 +1,111 @@
-"""Quality of caches on a real model: perplexity, KL, top-1 agreement over several texts, pass keys at several depths.
+"""The regression gate: presets and strategies against the figures in `eval/quality.json`.
 
-    python eval/quality.py --caches near-lossless,balanced,small,tiny --text novel.txt --json results/quality.json
+    python eval/quality.py            the quick part, on the small model of the package, in two minutes
+    python eval/quality.py --full     both parts; the second on the model of the demo extra
+    python eval/quality.py --record   measure and write the file anew; the change is then read in the diff
 
-One aligned line a cache and text, then a line of means. How the numbers are made: docs/evaluation.md. Bytes and speed
-are in `kvcompress demo`, which holds its caches in the model's own dtype.
+Exit code 1 and a table of what moved, if a figure is worse than recorded by more than its tolerance.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from hf_kvcompress.commands.compare import packed_bits
-from hf_kvcompress.commands.contenders import BASELINE, Contender, contender
-from hf_kvcompress.config import PRESETS
-from hf_kvcompress.environment import devices, versions
+from hf_kvcompress.harness import Entrant, Report, Suite, evaluate
+from hf_kvcompress.harness.gate import compare, differences, record, table
+from hf_kvcompress.harness.loading import load_model
 from hf_kvcompress.integrations.demo_model import demo_model
-from hf_kvcompress.scoring import Score, decode, hide_passkey, read_text, score, standard_text, tokenize
 
-HEADER = f"{'cache':24} {'text':16} {'bits':>6} {'PPL':>8} {'dPPL':>8} {'KL':>8} {'top-1':>6} {'keys':>6} {'s':>6}"
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="name or folder; by default the model of the demo extra")
-    parser.add_argument("--caches", default=",".join(PRESETS), help="comma-separated names, as in `kvcompress demo`")
-    parser.add_argument("--text", action="append", help="a UTF-8 file, `prose` or `code`; may be repeated")
-    parser.add_argument("--prompt-tokens", type=int, default=1536)
-    parser.add_argument("--score-tokens", type=int, default=512)
-    parser.add_argument("--step", type=int, default=32, help="tokens of a scored forward")
-    parser.add_argument("--depths", default="", help="comma-separated depths of pass keys, such as 0.1,0.5,0.9")
-    parser.add_argument("--passkey-tokens", type=int, default=2500)
-    parser.add_argument("--dtype", default="float32", help="KL below .001 is rounding noise in bfloat16")
-    parser.add_argument("--no-enable", action="store_true", help="keep the model's own attention")
-    parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+FILE = Path(__file__).with_suffix(".json")
+CODECS = ("near-lossless", "balanced", "small", "tiny", "kivi4", "kivi2", "turbo3", "haar3")
+POLICIES = ("h2o", "snapkv", "expected", "keydiff")
 
 
-def load_texts(names: list[str], tokenizer: Any, length: int, device: Any) -> dict[str, torch.Tensor]:
-    """Token ids by text name."""
-    texts = {}
-    for name in names:
-        text = standard_text(name) if name in ("prose", "code") else read_text(name)
-        texts[Path(name).stem] = tokenize(tokenizer, text, length, device)
-    return texts
+@dataclass(frozen=True)
+class Part:
+    """One model with its suite and caches."""
+
+    model: str | None
+    suite: Suite
+    caches: tuple[str, ...]
+    texts: tuple[str, ...] = ("prose",)
 
 
-def found_passkeys(
-    model: Any, tokenizer: Any, entrant: Contender, text: torch.Tensor, depths: list[float]
-) -> list[bool]:
-    """Whether the pass key at each depth is found after the prompt was compressed."""
-    found = []
-    for seed, depth in enumerate(depths):
-        hidden = hide_passkey(tokenizer, text, depth, seed)
-        got = decode(model, hidden.prompt, hidden.question, entrant.make, 10)
-        found.append(hidden.found_in(tokenizer.decode(got.tokens)))
-    return found
+def policies(budget: str, *more: str) -> tuple[str, ...]:
+    own = tuple(f"{name}:budget={budget},codec=identity" for name in (*POLICIES, *more, *BOUNDS))
+    demoted = f"h2o:budget={budget},codec=identity,demote_to=eqrot2"
+    return (*own, f"h2o:budget={budget},codec=eqrot4", demoted)
 
 
-def measure(model: Any, entrant: Contender, ids: torch.Tensor, args: argparse.Namespace, base: dict[str, Any]) -> Any:
-    """One cache on one text; `base` is the uncompressed measurement of the same text, empty for itself."""
-    reference: Score | None = base.get("score")
-    got = score(model, ids, entrant.make, args.prompt_tokens, args.step, reference=reference)
-    return {
-        "score": got,
-        "perplexity": got.perplexity,
-        "delta_perplexity": got.perplexity - (reference or got).perplexity,
-        "mean_kl": got.mean_kl,
-        "top1_agreement": got.top1_agreement,
-        "bits": packed_bits(got.cache) or model.dtype.itemsize * 8.0,
-    }
+STRATEGIES = ("CPACCache", "HierarchicalCache:ratio=0.25")
+BOUNDS = ("random", "streaming")
+PARTS = {
+    "quick": Part(
+        "recall",
+        Suite("gate, quick", prompt=384, scored=64, chunk=16, stepped=0, windows=3, probed=32, generated=8, timed=0,
+              tasks=None, task_lengths=(384,), task_seeds=2),
+        (*CODECS, "fp8", "int4", *policies("0.35", "PyramidKVCache", "AdaKVCache", "tova", "rkv"), *STRATEGIES,
+         "balanced:quality_guard=0.1"),
+    ),
+    "full": Part(
+        None,
+        Suite("gate, full", prompt=1024, scored=96, stepped=0, windows=2, probed=32, generated=2, timed=0,
+              tasks=("needle", "pairs"), task_lengths=(1024,), task_seeds=2),
+        (*CODECS, *policies("0.5"), *STRATEGIES),
+        ("prose", "code"),
+    ),
+}  # fmt: skip
 
 
-def line(name: str, text: str, row: dict[str, Any]) -> str:
-    return (
-        f"{name:24} {text:16} {row['bits']:6.2f} {row['perplexity']:8.3f} {row['delta_perplexity']:+8.3f} "
-        f"{row['mean_kl']:8.5f} {row['top1_agreement']:6.3f} {row.get('passkeys', ''):>6} {row['seconds']:6.1f}"
+def measure(part: Part, caches: Sequence[str | Entrant] | None = None, out: Path | None = None) -> Report:
+    """Run a part, or some caches on its suite; with a folder it goes on where it was stopped.
+
+    In float32: in 16 bits answers at a near tie, and evictions, depend on the processor.
+    """
+    model, tokenizer = load_model(part.model or str(demo_model(print)), "float32")
+    return evaluate(model, caches or part.caches, part.suite, tokenizer, part.texts, out=out, bounds=False)
+
+
+def text_of(kept: Mapping[str, Any]) -> str:
+    """As JSON, a line for each figure."""
+    return re.sub(
+        r"\{\s*(\"mean\"[^{}]*?)\s*\}", lambda m: "{" + re.sub(r"\s+", " ", m[1]) + "}", json.dumps(kept, indent=1)
     )
 
 
 def main() -> None:
-    args = arguments()
-    source = args.model or str(demo_model(print))
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, args.dtype)).eval().to(device)
-    texts = load_texts(args.text or ["prose", "code"], tokenizer, args.prompt_tokens + args.score_tokens, device)
-    depths = [float(depth) for depth in args.depths.split(",") if depth]
-    haystack = tokenize(tokenizer, standard_text(), args.passkey_tokens, device)
-    baselines: dict[str, dict[str, Any]] = {}
-    rows = []
-    print(HEADER)
-    for name in [BASELINE, *(n for n in args.caches.split(",") if n != BASELINE)]:
-        entrant = contender(name, model.config)
-        if args.no_enable:
-            entrant = Contender(entrant.name, entrant.make)
-        measured = []
-        with entrant.around(model):
-            for text, ids in texts.items():
-                begun = time.perf_counter()
-                row = measure(model, entrant, ids, args, baselines.get(text, {}))
-                if name == BASELINE:
-                    baselines[text] = dict(row)
-                del row["score"]
-                row["seconds"] = time.perf_counter() - begun
-                measured.append(row)
-                rows.append({"cache": name, "text": text, **row})
-                print(line(name, text, row), flush=True)
-            mean = {key: sum(row[key] for row in measured) / len(measured) for key in measured[0]}
-            if depths:
-                found = found_passkeys(model, tokenizer, entrant, haystack, depths)
-                mean["passkeys"] = f"{sum(found)}/{len(found)}"
-        rows.append({"cache": name, "text": "mean", **mean})
-        print(line(name, "mean", mean), flush=True)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-        report = {"versions": versions(), "devices": devices(), "settings": settings, "rows": rows}
-        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="also the part on the demo's model")
+    parser.add_argument("--record", action="store_true", help="write what is measured instead of comparing it")
+    parser.add_argument("--out", type=Path, help="folder for rows and reports; a run that was stopped goes on there")
+    args = parser.parse_args()
+    kept = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {}
+    failed = False
+    for name in PARTS if args.full else ("quick",):
+        report = measure(PARTS[name], out=None if args.out is None else args.out / name)
+        print(f"{name}: {report.header()}")
+        if args.record:
+            kept[name] = record(report, f"python eval/quality.py --record{' --full' * (name == 'full')}")
+            FILE.write_text(text_of(kept) + "\n", encoding="utf-8")
+            continue
+        if name not in kept:
+            raise SystemExit(f"{FILE.name}: expected figures of the part {name!r}; make them with --record")
+        other = differences(kept[name], report)
+        if other:
+            print(f"Not the recorded run, so figures may move: {', '.join(other)}.")
+        moved = compare(kept[name], report)
+        number = sum(map(len, kept[name]["figures"].values()))
+        print(f"{number} figures of {len(kept[name]['figures'])} caches; outside their tolerance: {len(moved)}.")
+        print(table(moved) if moved else "")
+        failed |= any(one.fails for one in moved)
+    sys.exit(int(failed))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Compressed key-value caches for Hugging Face transformers."""
 
+from .analysis import AnalysisReport, analyze
 from .cache import CompressedCache
 from .calibrating import calibrate
 from .calibration import Calibration
@@ -10,7 +11,7 @@ from .cpac import CPACCache
 from .enable import disable, enable
 from .hierarchical import HierarchicalCache
 from .measure import tensor_bytes
-from .monitor import ReconstructionError
+from .monitoring import monitor
 from .paging.cache import PagedCache
 from .paging.engine import PagedAttentionEngine
 from .paging.manager import MemoryManager
@@ -19,17 +20,11 @@ from .planner import plan
 from .plans import Plan
 from .policies.base import Candidates, Policy
 from .policies.settings import EvictionConfig
-from .prefix.cache import PrefixCache
-from .stats import CacheStats
-from .strategies import (
+from .policy_strategies import (
     AdaKVCache,
-    EqRotCache,
     ExpectedAttentionCache,
-    FP8Cache,
     H2OCache,
-    Int8Cache,
     KeyDiffCache,
-    KIVICache,
     LearnedCache,
     PyramidKVCache,
     RandomCache,
@@ -37,16 +32,19 @@ from .strategies import (
     SnapKVCache,
     StreamingLLMCache,
     TOVACache,
-    TransformCache,
-    TurboQuantCache,
     VideoCache,
 )
+from .prefix.cache import PrefixCache
+from .sealing_error import ReconstructionError
+from .stats import CacheStats
+from .strategies import EqRotCache, FP8Cache, Int8Cache, KIVICache, TransformCache, TurboQuantCache
 from .tuning import tune
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdaKVCache",
+    "AnalysisReport",
     "BlockPool",
     "CPACCache",
     "CacheConfig",
@@ -84,10 +82,12 @@ __all__ = [
     "TransformCache",
     "TurboQuantCache",
     "VideoCache",
+    "analyze",
     "calibrate",
     "codec_names",
     "disable",
     "enable",
+    "monitor",
     "plan",
     "tensor_bytes",
     "tune",

@@ -13,6 +13,7 @@ from .masks import CausalMask, DenseMask, Mask, MaskPlan
 from .mass import prompt_mass
 from .packed_attention import packed_attention
 from .softmax import Extras
+from .watching import show
 
 
 @torch.compiler.disable
@@ -34,10 +35,12 @@ def kvcompress_attention(
     extras = Extras(kwargs.get("softcap"), kwargs.get("s_aux"), kwargs.get("position_bias"), dropout)
     layer = source_of(key, "key")
     if not isinstance(layer, CompressedLayer) or source_of(value, "value") is not layer:
+        show(module, query, key, value, attention_mask, scaling, kwargs)
         return _dense_attention(module, query, key, value, attention_mask, scaling, extras, kwargs), None
     plan = source_of(attention_mask, "mask")
     if isinstance(plan, MaskPlan):  # an encoder-decoder cache does not tell its parts beforehand
         layer.describe(plan)
+    show(module, query, key, value, attention_mask, scaling, kwargs)
     factor = scaling if scaling is not None else query.shape[-1] ** -0.5
     if getattr(module, "is_causal", True):  # in cross attention nothing says which queries are padding
         layer.observe_queries(query, factor)
@@ -47,11 +50,11 @@ def kvcompress_attention(
     if chunk is not None and chunk.start == 0:
         out = _dense_attention(module, query, chunk.keys, chunk.values, attention_mask, scaling, extras, kwargs)
         if layer.wants_mass:
-            mask = _mask(module, attention_mask, query, layer, kwargs)
+            mask = mask_of(module, attention_mask, query, layer, kwargs)
             mass = prompt_mass(query, chunk.keys, mask, factor, extras, chunk.kept, layer.may_be_cropped)
             layer.observe_mass("new", mass)
     else:
-        mask = _mask(module, attention_mask, query, layer, kwargs)
+        mask = mask_of(module, attention_mask, query, layer, kwargs)
         out = packed_attention(layer, query, mask, factor, extras).to(query.dtype).transpose(1, 2).contiguous()
     # Later layers of a model that shares keys and values read the same tensors: there the next pass commits.
     if not any(getattr(module, name, False) for name in ("store_full_length_kv", "is_kv_shared_layer")):
@@ -59,13 +62,14 @@ def kvcompress_attention(
     return out, None
 
 
-def _mask(
+def mask_of(
     module: torch.nn.Module,
     attention_mask: torch.Tensor | None,
     query: torch.Tensor,
     layer: CompressedLayer,
     kwargs: dict[str, Any],
 ) -> Mask:
+    """What a call's mask says about the tokens of one of our layers."""
     plan = source_of(attention_mask, "mask")
     if isinstance(plan, MaskPlan):
         return plan

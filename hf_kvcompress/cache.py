@@ -26,10 +26,11 @@ from .hybrid_layer import CompressedHybridLayer
 from .layer import CompressedLayer
 from .masks import MaskPlan
 from .measure import tensor_bytes
-from .monitor import Monitor, ReconstructionError
 from .planner import ByteShares
 from .policies.layer_budgets import layer_weights
 from .portable import Portable
+from .sealing_error import ReconstructionError, SealingMonitor
+from .shards import ranks
 from .stats import CacheStats, LayerStats
 
 
@@ -88,7 +89,7 @@ class CompressedCache(Portable, DynamicCache):
         codec: str | None = None,
         layers: Mapping[int | str, Mapping[str, Any]] | None = None,
         layer_budget: str | Sequence[float] = "uniform",
-        monitor: bool | Monitor = False,
+        monitor: bool | SealingMonitor = False,
         quality_guard: float | None = None,
         calibration: str | Path | Calibration | None = None,
         **settings: Any,
@@ -101,7 +102,7 @@ class CompressedCache(Portable, DynamicCache):
         self.settings = CacheConfig.make(
             preset=preset, codec=codec, layers=layers, num_layers=num_layers, layer_budget=layer_budget, **settings
         )
-        self.monitor = Monitor() if monitor is True else (monitor or None)
+        self.monitor = SealingMonitor() if monitor is True else (monitor or None)
         if quality_guard is not None:
             self.monitor = QualityGuard(quality_guard)
         self.fingerprint = of_model(config)
@@ -139,7 +140,8 @@ class CompressedCache(Portable, DynamicCache):
             raise expect("config", "the model's config, for a budget in bytes", None)
 
         shares = ByteShares(config, self.settings)
-        shares(1, getattr(config, "dtype", None) or torch.float32)  # a budget that never holds is refused at once
+        if ranks() == 1:  # a budget that never holds is refused at once; a rank may have a part of the heads only
+            shares(1, getattr(config, "dtype", None) or torch.float32)
         for layer in self.packed_layers():
             layer.share, layer.query_heads = shares, shares.query_heads
 
@@ -312,3 +314,11 @@ class CompressedCache(Portable, DynamicCache):
 
     def _repr_html_(self) -> str:
         return self.stats()._repr_html_()
+
+    def to_pandas(self) -> Any:
+        """A row a layer, as `stats().to_pandas()`. Needs pandas."""
+        return self.stats().to_pandas()
+
+    def plot(self) -> Any:
+        """A matplotlib figure: MB of each layer, held and as it would be uncompressed. Needs matplotlib."""
+        return self.stats().plot()

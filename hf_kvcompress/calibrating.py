@@ -15,7 +15,7 @@ import torch
 from transformers import DynamicCache
 
 from .calibration import LEVELS, Calibration, CalibrationConfig, describe_rotation, model_type, refuse
-from .codecs.transform import MOST_BITS
+from .codecs.channel_bits import MOST_BITS
 from .rotary import Rotary, rotary_of
 from .scoring.oracle import AttentionCall, attention_weights, watching
 from .shapes import LayerShape, layer_shapes
@@ -86,6 +86,28 @@ def calibrate(
         },
     )
     return Calibration(config, layers)
+
+
+def calibration_of_keys(config: Any, keys: torch.Tensor) -> Calibration:
+    """A calibration that fits keys `[N, D]` before their rotation, the same in every layer and head.
+
+    For speed without a model: keys that were drawn have no queries and no attention to be weighed with.
+    """
+    shapes = [shape for shape in layer_shapes(config) if shape.heads and shape.packed]
+    even, plain = torch.ones(len(keys), dtype=torch.float64), torch.eye(keys.shape[1], dtype=torch.float64)
+    own = _solve_head(keys.double(), even, plain)
+    about = CalibrationConfig(
+        model_type=model_type(config),
+        num_layers=len(layer_shapes(config)),
+        shapes={shape.layer: (shape.heads, shape.key_dim) for shape in shapes},
+        rotations={shape.layer: describe_rotation(config, shape.layer) for shape in shapes},
+        rotated=False,
+        made_of={"keys": len(keys)},
+    )
+    return Calibration(
+        about,
+        {s.layer: {name: part.expand(s.heads, *part.shape) for name, part in own.items()} for s in shapes},
+    )
 
 
 def _passages(texts: Sequence[str], tokenizer: Any, tokens: int, length: int) -> list[torch.Tensor]:

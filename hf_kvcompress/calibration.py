@@ -6,22 +6,26 @@ each number of bits leaves of the error that counts. Bits are given out when a c
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .codecs.transform import MOST_BITS, Frame, bytes_of
+from .codecs.channel_bits import MOST_BITS, bytes_of
+from .codecs.transform import Frame
 from .rotary import rotary_of
 from .shapes import layer_shapes
 
 FORMAT, VERSION = "kvcompress-calibration", 1
-DTYPE = torch.float16  # of the file's tensors
+DTYPE = torch.float16  # of the tensors, in a file and in memory: both pack alike
 PARTS = ("mean", "to", "back", "levels", "loss")
 LEVELS = 2 ** (MOST_BITS + 1) - 2  # of one channel: 2 of one bit, 4 of two ...
 
@@ -76,10 +80,22 @@ class Calibration:
         config: what it is for.
         layers: by number, `PARTS` each with an entry a head.
         name: for messages.
+        path: the file that it came from, if any.
     """
 
-    def __init__(self, config: CalibrationConfig, layers: Mapping[int, Layer], name: str = "calibration"):
-        self.config, self.layers, self.name = config, layers, name
+    _opened: WeakValueDictionary[tuple[Any, ...], Calibration] = WeakValueDictionary()
+
+    def __init__(
+        self,
+        config: CalibrationConfig,
+        layers: Mapping[int, Layer],
+        name: str = "calibration",
+        path: str | None = None,
+    ):
+        self.config, self.name, self.path = config, name, path
+        self.layers = {
+            layer: {part: own[part].to("cpu", DTYPE).contiguous() for part in PARTS} for layer, own in layers.items()
+        }
         self._frames: dict[tuple[int, float], Frame] = {}
 
     @staticmethod
@@ -95,6 +111,15 @@ class Calibration:
         path = Path(source).expanduser()
         if not path.is_file():
             raise refuse("a file that `kvcompress calibrate` wrote", f"{str(source)!r}, which is no file")
+        told = path.stat()
+        key = (path.resolve(), told.st_ino, told.st_size, told.st_mtime_ns)  # a file that is written anew is read anew
+        found = Calibration._opened.get(key)
+        if found is None:
+            found = Calibration._opened[key] = Calibration._read(path)
+        return found
+
+    @staticmethod
+    def _read(path: Path) -> Calibration:
         try:
             with safe_open(path, framework="pt") as file:
                 config = CalibrationConfig.from_metadata(file.metadata(), path.name)
@@ -112,16 +137,23 @@ class Calibration:
                 shape = tuple(stored[_key(layer, "to")].shape)
                 raise refuse(f"a basis of shape {(heads, dim, dim)} in layer {layer}", f"{shape} in {path.name}")
         layers = {layer: {part: stored[_key(layer, part)] for part in PARTS} for layer in config.shapes}
-        return Calibration(config, layers, path.name)
+        return Calibration(config, layers, path.name, str(path))
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, the config in its header."""
-        tensors = {
-            _key(layer, part): own[part].to("cpu", DTYPE).contiguous()
-            for layer, own in self.layers.items()
-            for part in PARTS
-        }
-        save_file(tensors, path, metadata=self.config.to_metadata())
+        save_file(self._tensors(), path, metadata=self.config.to_metadata())
+        self.name, self.path = Path(path).name, str(path)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {_key(layer, part): tensor for layer, own in self.layers.items() for part, tensor in own.items()}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of what it is for and of every number: caches that are saved keep it."""
+        digest = hashlib.sha256(self.config.to_metadata()["config"].encode())
+        for name, tensor in sorted(self._tensors().items()):
+            digest.update(name.encode() + tensor.numpy().tobytes())
+        return digest.hexdigest()
 
     def check(self, config: Any) -> None:
         """Raise ValueError, saying what differs, unless the calibration is for the model of this config."""
@@ -151,7 +183,7 @@ class Calibration:
     @property
     def nbytes(self) -> int:
         """Bytes of the file's tensors. They belong to the model: caches share them and do not count them."""
-        return sum(t.numel() * DTYPE.itemsize for own in self.layers.values() for t in own.values())
+        return sum(tensor.nbytes for tensor in self._tensors().values())
 
     def storages_held(self) -> dict[Hashable, int]:
         """Nothing that a cache counts: it belongs to the model, as its weights do."""

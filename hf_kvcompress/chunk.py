@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .host_tier import Fetched
 from .observation import Observation
-from .tiers import Fetched
 
 
 @dataclass

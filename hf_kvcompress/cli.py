@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from typing import Any
+
+#: panel -> its commands: name, module and function
+PANELS: dict[str, tuple[tuple[str, str], ...]] = {
+    "Start here": (("demo", "demo"), ("doctor", "doctor")),
+    "Choose settings": (
+        ("plan", "plan"),
+        ("tune", "tune"),
+        ("calibrate", "calibrate"),
+        ("train-policy", "train_policy"),
+    ),
+    "Look inside": (("analyze", "analyze"), ("monitor", "monitor")),
+    "Measure": (("eval", "evaluate"), ("experiments", "experiments"), ("lm-eval", "lm_eval")),
+    "Serve": (("serve-demo", "serve_demo"),),
+}
+#: commands whose words are another program's
+PASSED_ON = ("lm-eval",)
 
 
 def build() -> Any:
     """The typer application with all subcommands."""
     import typer
 
-    from .commands.calibrate import calibrate
-    from .commands.demo import demo
-    from .commands.doctor import doctor
-    from .commands.evaluate import evaluate
-    from .commands.lm_eval import lm_eval
-    from .commands.plan import plan
-    from .commands.serve_demo import serve_demo
-    from .commands.train_policy import train_policy
-    from .commands.tune import tune
+    from .commands.errors import Command, Group
+    from .commands.version import root
 
-    app = typer.Typer(help="Compressed key-value caches for transformers.", no_args_is_help=True, add_completion=False)
-    app.command()(calibrate)
-    app.command()(demo)
-    app.command()(doctor)
-    app.command("eval")(evaluate)
-    passed_on = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
-    app.command("lm-eval", context_settings=passed_on, add_help_option=False)(lm_eval)
-    app.command()(plan)
-    app.command("serve-demo")(serve_demo)
-    app.command()(tune)
-    app.command("train-policy")(train_policy)
+    app = typer.Typer(cls=Group, pretty_exceptions_enable=False)
+    app.callback()(root)
+    for panel, commands in PANELS.items():
+        for name, module in commands:
+            function = getattr(import_module(f".commands.{module}", __package__), module)
+            settings: dict[str, Any] = {}
+            if name in PASSED_ON:
+                passed_on = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+                settings = {"context_settings": passed_on, "add_help_option": False}
+            app.command(name, cls=Command, rich_help_panel=panel, **settings)(function)
     return app
 
 

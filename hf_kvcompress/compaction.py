@@ -9,7 +9,8 @@ import torch
 
 from .blocks import Block
 from .codecs.base import Packed
-from .lanes import LINE, LINE_COST, LanePages
+from .lane_reading import LINE
+from .lanes import LINE_COST, LanePages
 from .ops.gather import Layout, gather_tokens
 
 AT_ONCE = 1 << 23  # numbers that are unpacked at once

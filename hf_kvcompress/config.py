@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any
 
-from .codecs.registry import parse
+from .codecs.registry import FAMILIES, parse
 from .policies.layer_budgets import layer_weights, share_tokens
 from .policies.settings import HOST, EvictionConfig, parse_bytes
 
@@ -103,6 +103,13 @@ class LayerConfig:
         for tier in eviction.tiers:
             if tier != HOST:
                 _codec("demote_to", tier)
+        if isinstance(eviction.keep_exact, int) and eviction.keep_exact and not self.token_wise:
+            raise expect("keep_exact", f"0 beside {self.keys}, which packs tokens together", eviction.keep_exact)
+
+    @property
+    def token_wise(self) -> bool:
+        """Every token is packed by itself."""
+        return all(FAMILIES[_codec(name, getattr(self, name))[0]][0].token_wise for name in ("keys", "values"))
 
     @property
     def least_budget(self) -> int:

@@ -13,6 +13,7 @@ from .config import LayerConfig, expect
 from .policies.settings import HOST
 from .rotary import rotary_of
 from .shapes import layer_shapes
+from .shards import ranks
 
 KEY: Role = "key"
 VALUE: Role = "value"
@@ -31,8 +32,9 @@ def context_of(config: Any, index: int, layer: LayerConfig, calibration: Any = N
     Raises ValueError, naming what a codec lacks: the config, a known rotation, a calibration that fits.
     """
     needy = [(role, name) for role, name in names_of(layer) if codec_class(name, role).wants_context]
+    heads = layer_shapes(config)[index].heads if config is not None and ranks() > 1 else None
     if not needy:
-        return CodecContext(index)
+        return CodecContext(index, heads=heads)
     if config is None:
         raise expect("config", f"the model's config, which codec {needy[0][1]!r} needs", None)
     if calibration is not None:
@@ -43,7 +45,7 @@ def context_of(config: Any, index: int, layer: LayerConfig, calibration: Any = N
         rotary = rotary_of(config, index)
     except ValueError as error:
         why_not = str(error).removeprefix("config: ")
-    context = CodecContext(index, rotary, why_not, calibration)
+    context = CodecContext(index, rotary, why_not, calibration, heads)
     shape = layer_shapes(config)[index]
     for role, name in needy:
         dim = shape.key_dim if role == "key" else shape.value_dim

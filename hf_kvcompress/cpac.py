@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -39,8 +40,9 @@ class CPACCache(CompressedCache):
         top_k_similar: candidates that are measured for a page.
         adaptive_compression: let the level rise with memory pressure, and fall back.
         compression_level: 1 light, 2 moderate, 3 aggressive.
-        use_importance_weighting: the newest four pages of a pass must come out at most 0.75 times the codec's error.
-            Recency stands for importance here: attention mass is seen by policies only, which this cache does not take.
+        use_importance_weighting: the pages of a pass that matter must come out at most 0.75 times the codec's error: of
+            every head an eighth, by the attention of the newest queries (by the values' size where a plain attention
+            shows none), and the newest four.
         delta_bits: the most bits of a difference: 4, 8 or 12; it takes the fewest that keep the error.
         codec: of the pages that stay as they are; keys and values apart by `keys`, `values`.
         frame: "unrotated" compares keys before their rotary embedding, "rotated" as they are cached (for models whose
@@ -52,6 +54,8 @@ class CPACCache(CompressedCache):
     Raises:
         ValueError: naming the argument; for `frame="unrotated"` without a config, or with an unknown rotation.
     """
+
+    own_settings = "clusters"
 
     def __init__(
         self,
@@ -83,21 +87,60 @@ class CPACCache(CompressedCache):
             delta_bits,
             frame,
         )
+        self._share_by(own, config, memory_limit, pressure, tracker)
+        super().__init__(config, codec=codec, **settings)
+        self._check()
+
+    def _share_by(
+        self,
+        own: ClusterSettings,
+        config: PreTrainedConfig | None,
+        memory_limit: int | str | None,
+        pressure: Callable[[], float] | None,
+        tracker: PageSimilarityTracker | None,
+    ) -> None:
+        """Set what the layers share; before they are made."""
         if pressure is not None and not callable(pressure):
             raise expect("pressure", "a function without arguments, or None", pressure)
         if tracker is not None and not isinstance(tracker, PageSimilarityTracker):
             raise expect("tracker", "a PageSimilarityTracker, or None", type(tracker).__name__)
         self._pressure, self._limit, self._passes = pressure, _limit(memory_limit), 0
-        self._clusters: Clusters | None = Clusters(own, tracker)
+        self._clusters = Clusters(own, tracker)
         self._config_of_keys = config
-        super().__init__(config, codec=codec, **settings)
+
+    def _check(self) -> None:
         evicting = [layer.index for layer in self.packed_layers() if layer.config.eviction is not None]
         if evicting or self.settings.default.eviction is not None:
             raise expect("policy", "None: CPACCache keeps all tokens, pages that lose some have no equals", "a policy")
-        if config is None and frame == "unrotated":
+        if self._config_of_keys is None and self._clusters.settings.frame == "unrotated":
             raise expect(
                 "config", "the model's config, to compare keys before their rotation; or frame='rotated'", None
             )
+
+    @classmethod
+    def from_settings(
+        cls,
+        config: Any,
+        settings: Mapping[str, Any],
+        pressure: Callable[[], float] | None = None,
+        tracker: PageSimilarityTracker | None = None,
+        **more: Any,
+    ) -> CPACCache:
+        """An empty cache with settings as `CacheConfig.to_dict` and `strategy` give them; others are the defaults."""
+        settings = dict(settings)
+        own = dict(settings.pop(cls.own_settings, {}))
+        limit, passes = own.pop("memory_limit", None), own.pop("passes", 0)
+        cache = cls.__new__(cls)
+        cache._share_by(ClusterSettings(**own), config, limit, pressure, tracker)
+        cache._passes = passes
+        CompressedCache.__init__(cache, config, **more, **settings)
+        cache._check()
+        return cache
+
+    def strategy(self) -> dict[str, Any]:
+        """How pages are compared; a pressure and a tracker of one's own are given to `load` again."""
+        own = {**asdict(self._clusters.settings), "memory_limit": self._limit, "passes": self._passes}
+        return {self.own_settings: own}
 
     def _compressed(self, index: int, layer: Any) -> Any:
         return self._sharing(super()._compressed(index, layer))
@@ -106,15 +149,11 @@ class CPACCache(CompressedCache):
         return self._sharing(super()._layer(index, kind))
 
     def _sharing(self, layer: Any) -> Any:
-        clusters = getattr(
-            self, "_clusters", None
-        )  # a cache read from a file is a plain one until it is given settings
-        if isinstance(layer, CompressedLayer) and layer.sharing is None and clusters is not None:
-            layer.sharing = Sharing(clusters, self._rotary(layer.index))
+        if isinstance(layer, CompressedLayer) and layer.sharing is None:
+            layer.sharing = Sharing(self._clusters, self._rotary(layer.index))
         return layer
 
     def _rotary(self, index: int) -> Rotation | None:
-        assert self._clusters is not None
         if self._clusters.settings.frame == "rotated" or self._config_of_keys is None:
             return None
         try:
@@ -128,7 +167,7 @@ class CPACCache(CompressedCache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `CompressedCache.update`; now and then the memory is looked at first."""
         clusters = self._clusters
-        if clusters is not None and clusters.settings.adaptive and self._is_first(layer_idx):
+        if clusters.settings.adaptive and self._is_first(layer_idx):
             if key_states.shape[2] > 1 or self._passes % _EVERY == 0:
                 clusters.feel(self._felt(key_states.device))
             self._passes += 1
@@ -155,13 +194,6 @@ class CPACCache(CompressedCache):
             return float(self._pressure())
         return cuda_pressure(device) if self._limit is None else tensor_bytes(self.layers) / self._limit
 
-    def snapshot(self, *args: Any, **kwargs: Any) -> Any:
-        """As `CompressedCache.snapshot`, for a cache in which no page is shared."""
-        self.commit()
-        if any(pages.shares for pages in self._stores()):
-            raise RuntimeError("save: this cache holds pages that others share, which files have no form for yet")
-        return super().snapshot(*args, **kwargs)
-
     def _stores(self) -> list[ClusteredPages]:
         stores = (layer.storage.pages for layer in self.packed_layers() if layer.storage is not None)
         return [pages for pages in stores if isinstance(pages, ClusteredPages)]
@@ -171,7 +203,7 @@ class CPACCache(CompressedCache):
     @property
     def level(self) -> int:
         """The level at work."""
-        return self._clusters.level if self._clusters is not None else 0
+        return self._clusters.level
 
     def get_compression_stats(self) -> dict[str, Any]:
         """What is held, and how much of it as what.

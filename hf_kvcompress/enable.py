@@ -37,9 +37,9 @@ class Enabled:
         disable(self.model)
 
 
-def _configs(model: PreTrainedModel) -> Iterator[PreTrainedConfig]:
+def _configs(parts: list[PreTrainedModel]) -> Iterator[PreTrainedConfig]:
     seen: set[int] = set()
-    waiting = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    waiting = [module.config for module in parts]
     while waiting:
         config = waiting.pop()
         if id(config) in seen:
@@ -59,18 +59,16 @@ def enable(model: PreTrainedModel) -> Enabled:
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
-    configs = list(_configs(model))
-    before = {id(config): (config, config._attn_implementation_internal) for config in configs}
-    if not model._can_set_attn_implementation() and not any(
-        isinstance(m, PreTrainedModel) and m._can_set_attn_implementation() for m in model.modules()
-    ):
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    before = {id(config): (config, config._attn_implementation_internal) for config in _configs(parts)}
+    able = [module for module in parts if module._can_set_attn_implementation()]
+    if not able:
         raise ValueError(
             f"model: expected a model that chooses its attention through transformers' AttentionInterface, got "
             f"{type(model).__name__}. A CompressedCache still works with it, without enable()."
         )
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module._can_set_attn_implementation():
-            module.config._attn_implementation_internal = NAME
+    for module in able:
+        module.config._attn_implementation_internal = NAME
     _previous.setdefault(model, []).append(before)
     return Enabled(model)
 

@@ -11,6 +11,7 @@ import torch
 
 from .compaction import compact
 from .config import LayerConfig
+from .exact_copies import ExactCopies
 from .lanes import LanePages
 from .merging import merged_values
 from .observers import QueryWindow
@@ -32,6 +33,7 @@ class Holder(Protocol):
 
     pages: PageStore | LanePages
     tail: Tail | None
+    copies: ExactCopies | None
     window: ExactWindow
 
     @property
@@ -55,12 +57,21 @@ class Evictor:
         index: the layer's number.
         batch, heads: B and H.
         sliding_window: tokens that a query sees, or None.
+        first_head: number of the first head in the whole model.
     """
 
-    def __init__(self, config: LayerConfig, index: int, batch: int, heads: int, sliding_window: int | None):
+    def __init__(
+        self,
+        config: LayerConfig,
+        index: int,
+        batch: int,
+        heads: int,
+        sliding_window: int | None,
+        first_head: int = 0,
+    ):
         assert config.eviction is not None
         self.config, self.settings, self.index = config, config.eviction, index
-        self.heads, self.sliding_window = heads, sliding_window
+        self.heads, self.first_head, self.sliding_window = heads, first_head, sliding_window
         self.policy = self.settings.make_policy()
         self.budget: int | float | None = self.settings.budget
         self.window = QueryWindow(self.policy.window, heads, batch) if self.policy.capture == "window" else None
@@ -167,6 +178,7 @@ class Evictor:
             mass=tables.masses() if self.wants_mass else None,
             observers=observers,
             layer=self.index,
+            first_head=self.first_head,
         )
         target = self._target(limit, pages)
         order = self._order(storage, rows, self._scores(candidates), tables.positions, target)
@@ -180,18 +192,28 @@ class Evictor:
             compact(pages, rows, own, keep.cpu(), rewrite)
             pages.holes = False
         else:
-            self._move(pages, tail, rows, tables, order, keep)
+            self._move(pages, tail, rows, tables, order, keep, storage.copies, pages is storage.pages)
         self.evicted = True
 
     def _move(
-        self, pages: LanePages, tail: Tail, rows: list[int], tables: Tables, order: torch.Tensor, keep: torch.Tensor
+        self,
+        pages: LanePages,
+        tail: Tail,
+        rows: list[int],
+        tables: Tables,
+        order: torch.Tensor,
+        keep: torch.Tensor,
+        copies: ExactCopies | None,
+        is_first: bool,
     ) -> None:
         """What loses its place in the upper tier goes to the lower one, what wins one comes back."""
         stays = ~keep & (order > GONE * _LEVEL / 2) & (tables.positions >= 0)
         keep, stays = keep.cpu(), stays.cpu()
-        tail.demote(pages, rows, tables.own.masked_fill(~stays, -1))
-        back = tables.back.masked_fill(~keep, -1)
-        tail.promote(pages, rows, back)
+        down, back = tables.own.masked_fill(~stays, -1), tables.back.masked_fill(~keep, -1)
+        tail.demote(pages, rows, down, copies)
+        tail.promote(pages, rows, back, copies, is_first)
+        if copies is not None and is_first:  # after those who come back have used theirs
+            copies.keep(pages, rows, down, order.cpu())
         old = torch.where(keep & (tables.own >= 0), tables.own, -1)
         compact(pages, rows, *_with_arrivals(pages.table(rows), tables.own, old))
         pages.holes = False

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .monitor import Monitor, Store
+from .sealing_error import SealingMonitor, Store
 
 QUERIES = 8  # newest queries of a pass that are asked
 PATIENCE = 2  # samples in a row beyond the threshold
@@ -26,7 +26,7 @@ class GuardEvent:
     after: tuple[str, str]
 
 
-class QualityGuard(Monitor):
+class QualityGuard(SealingMonitor):
     """Compares the attention of the newest queries over tokens just sealed, exact and as they are read back.
 
     The error is the mean over queries of the relative L2 distance of the two outputs. A layer whose error is beyond the

@@ -71,6 +71,9 @@ class HierarchicalCache(CompressedCache):
         predictor: weights that `kvcompress train-policy` wrote, for the learned part.
         hysteresis: part of a level's places that tokens from below do not compete for.
         min_length: tokens up to which everything stays in the first level.
+        keep_exact: bytes of host memory ("8MB") that each layer may take for exact copies of what it demotes, so that
+            what is promoted is what the first level held, bit for bit. "auto": 8 MB on a device, nothing on CPU, where
+            a copy takes what demoting has saved.
 
     HF_KVCOMPRESS_ENABLE=0 leaves all tokens in the first level.
 
@@ -89,6 +92,7 @@ class HierarchicalCache(CompressedCache):
         predictor: str | Path | None = None,
         hysteresis: float = 0.05,
         min_length: int = 128,
+        keep_exact: int | str = "auto",
         **settings: Any,
     ):
         levels = LADDER[: _levels_from_environment()] if levels is None else tuple(levels)
@@ -115,9 +119,21 @@ class HierarchicalCache(CompressedCache):
                 "demote_budget": (*map(float, shares[1:]), None),
                 "max_tokens": min_length,
                 "hysteresis": hysteresis,
+                "keep_exact": keep_exact,
             }
-        self.levels, self.shares = levels, tuple(shares)
         super().__init__(config, **{**own, **settings})
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """A codec for each level; the last may be "cpu"."""
+        default = self.settings.default
+        return (default.keys, *(default.eviction.tiers if default.eviction is not None else ()))
+
+    @property
+    def shares(self) -> tuple[Any, ...]:
+        """Parts of the tokens seen for all levels but the last."""
+        eviction = self.settings.default.eviction
+        return () if eviction is None else (eviction.budget, *eviction.tier_budgets[:-1])
 
 
 def _levels_from_environment() -> int:

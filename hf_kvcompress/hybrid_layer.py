@@ -9,7 +9,7 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from .config import LayerConfig
 from .layer import CompressedLayer
-from .monitor import Monitor
+from .sealing_error import SealingMonitor
 
 
 class CompressedHybridLayer(LinearAttentionLayer, CompressedLayer):
@@ -17,7 +17,9 @@ class CompressedHybridLayer(LinearAttentionLayer, CompressedLayer):
 
     is_compileable = False
 
-    def __init__(self, config: LayerConfig, index: int, number_of_states: int = 1, monitor: Monitor | None = None):
+    def __init__(
+        self, config: LayerConfig, index: int, number_of_states: int = 1, monitor: SealingMonitor | None = None
+    ):
         CompressedLayer.__init__(self, config, index, monitor=monitor)
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
 

@@ -23,12 +23,12 @@ from .dense_reading import dense, is_compact, positions_read, refuse_plain_atten
 from .footprint import tokens_for_bytes
 from .guard import QUERIES, QualityGuard
 from .handles import LazyTensor
+from .host_tier import Fetched
 from .masks import MaskPlan
-from .monitor import Monitor
 from .observation import Observation
+from .sealing_error import SealingMonitor
 from .stepping import step_back
 from .storage import LayerStorage
-from .tiers import Fetched
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -58,7 +58,7 @@ class CompressedLayer(CacheLayerMixin):
     is_compileable = False
 
     def __init__(
-        self, config: LayerConfig, index: int, sliding_window: int | None = None, monitor: Monitor | None = None
+        self, config: LayerConfig, index: int, sliding_window: int | None = None, monitor: SealingMonitor | None = None
     ):
         super().__init__()
         self.config, self.index, self.sliding_window, self.monitor = config, index, sliding_window, monitor
@@ -69,8 +69,8 @@ class CompressedLayer(CacheLayerMixin):
         self.storage: LayerStorage | None = None
         self.chunk: Chunk | None = None
         self.seen = 0
-        self.share: Callable[[int, torch.dtype], dict[int, int]] | None = None  # batch, dtype -> bytes of every layer
-        self.query_heads: int | None = None
+        self.share: Callable[[int, torch.dtype, int], dict[int, int]] | None = None  # bytes of every layer
+        self.query_heads: int | None = None  # of the whole model, as `context.heads`
         self.stands_alone = False  # other layers hold other tokens, so one mask cannot serve all
         self.may_be_cross_attention = False
         self.mask_is_ours = False  # `enable` is on for the model of the pass in flight
@@ -90,20 +90,20 @@ class CompressedLayer(CacheLayerMixin):
         storage = self.storage
         if storage is None or storage.evictor is None:
             return
-        eviction = storage.evictor.settings
-        share = eviction.budget_bytes
+        eviction, heads = storage.evictor.settings, storage.heads["key"]
+        share, parts = eviction.budget_bytes, (self.context.heads or heads) // heads
         if self.share is not None and eviction.budget is None:
-            share = self.share(storage.batch, storage.dtype)[self.index]
+            share = self.share(storage.batch, storage.dtype, parts)[self.index]
         if share is not None:
             storage.evictor.budget = tokens_for_bytes(
                 self.config,
                 storage.dims["key"],
                 storage.dims["value"],
-                storage.heads["key"],
+                heads,
                 storage.batch,
                 storage.dtype,
                 share,
-                self.query_heads,
+                self.query_heads and self.query_heads // parts,
                 self.sliding_window,
             )
 
@@ -124,6 +124,11 @@ class CompressedLayer(CacheLayerMixin):
             raise ValueError(
                 f"key_states: expected batch size {self.storage.batch}, as this cache holds in layer {self.index}, got "
                 f"{key_states.shape[0]}. Use a new cache, or cache.reset(), for another batch."
+            )
+        if key_states.shape[1] != self.storage.heads["key"]:
+            raise ValueError(
+                f"key_states: expected {self.storage.heads['key']} key-value heads, as this cache holds in layer "
+                f"{self.index}, got {key_states.shape[1]}. Is it of another model, or of a rank that has a part?"
             )
         if self.monitor is not None:
             self.monitor.check_finite(self.index, key_states, value_states)
@@ -153,7 +158,7 @@ class CompressedLayer(CacheLayerMixin):
             return
         window = storage.evictor.window if storage.evictor is not None else None
         watches = self.monitor is not None and self.monitor.wants_queries
-        if window is not None or watches or storage.pages.codecs["key"].wants_queries:
+        if window is not None or watches or storage.wants_queries:
             chunk.queries.append(queries)
             chunk.scaling = scaling
 
@@ -200,9 +205,7 @@ class CompressedLayer(CacheLayerMixin):
         if chunk is None or self.storage is None:
             return
         keys, values, observed = chunk.keys.detach(), chunk.values.detach(), chunk.observed
-        if self.storage.pages.codecs["key"].wants_queries:
-            for queries in chunk.queries:
-                self.storage.queries.observe(queries, chunk.kept)
+        self.storage.observe_queries(chunk.queries, chunk.scaling, chunk.kept)
         window = self.storage.evictor.window if self.storage.evictor is not None else None
         if window is not None and chunk.queries:
             window.observe(chunk.queries[0], chunk.scaling, chunk.start, chunk.kept)

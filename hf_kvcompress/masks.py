@@ -32,7 +32,8 @@ class Slots:
     """A run of a layer's slots: `positions(device)` gives `[B or 1, n]`, -1 where a row holds no token.
 
     `key` is the same for equal runs of different layers (None: no other layer has it), `past` says that all of them
-    come before the first query, `full` that no row is empty in any of them. With `lines` positions are `[lines, n]`.
+    come before the first query, `full` that no row is empty in any of them. With `lines` positions are `[lines, n]`;
+    with `rows` they are `[E, n]`, entry i being of row `rows[i]`.
     """
 
     positions: Callable[[torch.device], torch.Tensor]
@@ -40,6 +41,7 @@ class Slots:
     past: bool
     full: bool
     lines: Lines | None = None
+    rows: torch.Tensor | None = None
 
 
 class MaskPlan:
@@ -117,6 +119,8 @@ class MaskPlan:
         rows = torch.arange(self.batch, device=positions.device)
         if slots.lines is not None:
             rows = slots.lines.rows.to(positions.device)
+        elif slots.rows is not None:
+            rows = slots.rows.to(positions.device)
         queries = torch.arange(self.q_length, device=positions.device)[which] + self.start
         heads = torch.zeros(1, dtype=torch.long, device=positions.device)
         if self.arguments.get("use_vmap", False):
@@ -165,6 +169,8 @@ class DenseMask:
         mask = self.mask[:, :, which]
         if slots.lines is not None:
             mask = self._of_lines(mask, slots.lines)
+        elif slots.rows is not None and mask.shape[0] > 1:
+            mask = mask[slots.rows]
         columns = (positions - self.offset).clamp(0, mask.shape[-1] - 1)[:, None, None]
         rows = max(mask.shape[0], positions.shape[0])
         mask = mask.expand(rows, -1, -1, -1)

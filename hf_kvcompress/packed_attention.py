@@ -9,16 +9,17 @@ from typing import Any
 import torch
 
 from .codecs.base import Codec, Packed
+from .entries import EntryRun
 from .fused_decode import fused_decode, serves
+from .host_tier import Fetched
 from .lanes import LanePages
 from .layer import CompressedLayer
 from .masks import Mask, Slots
 from .mass import chunk_slots, mass_of_run, real_queries
 from .observation import LONGEST_DRAFT, draft_slots
-from .pages import SEGMENT_LENGTH
-from .reading import exact_run, lane_stores, page_runs
+from .pages import SEGMENT_LENGTH, PageStore
+from .reading import entry_slots, exact_run, lane_stores, page_runs
 from .softmax import Extras, RunningSoftmax
-from .tiers import Fetched
 
 SCORES = 2**24  # scores that are held at once
 
@@ -36,7 +37,9 @@ def packed_attention(
             _observe(layer, seen.logits, slice(0, length), length, query_heads // heads, query.device, seen.lse)
         return fused
     # As many queries at once as keep the scores of one slab small; of all tokens, where weights are kept for a policy.
-    tokens = max(layer.storage.tokens_stored()) + length if layer.wants_mass else SEGMENT_LENGTH
+    pages = layer.storage.pages
+    whole = layer.wants_mass or (isinstance(pages, PageStore) and pages.gathers)
+    tokens = max(layer.storage.tokens_stored()) + length if whole else SEGMENT_LENGTH
     at_once = max(SCORES // (batch * query_heads * max(tokens, SEGMENT_LENGTH)), 1)
     tail = layer.storage.tail
     if tail is not None and any(tier.host for tier in tail.chain()) and length <= LONGEST_DRAFT:
@@ -65,10 +68,17 @@ def _attend(
         logits = extras.sink_logits.float().view(1, heads, groups, 1)
         start = logits.expand(batch, heads, groups, length).reshape(batch, heads, groups * length, 1)
     running = RunningSoftmax(start, layer.wants_mass)
-    for name, keys, values, slots in _exact_runs(layer):
+    for name, keys, values, slots in exact_runs(layer):
         scores = _finish_scores(q @ keys.float().mT, which, mask, slots, extras, groups)
         running.add(name, scores, partial(_weigh, values), "exact", extras.dropout)
-    for run in page_runs(storage, q):
+    entries = None if isinstance(storage.pages, LanePages) else storage.pages.entries()
+    for held in entries or ():
+        slots = entry_slots(storage, held.entries)
+        scores = storage.pages.codecs["key"].scores(q.index_select(0, held.entries.row_index), held.keys)
+        scores = _finish_scores(scores, which, mask, slots, extras, groups).flatten(0, 1).unsqueeze(1)
+        mix = partial(_mix_entries, storage.pages.codecs["value"], held)
+        running.add(None, scores, mix, "packed", extras.dropout, held.entries.lanes(heads))
+    for run in page_runs(storage, q) if entries is None else ():
         own = q if run.lanes is None else q.flatten(0, 1)[run.lanes].unsqueeze(1)
         scores = run.codecs["key"].scores(own, run.keys)[..., : run.tokens]
         scores = _finish_scores(scores, which, mask, run.slots, extras, groups)
@@ -114,7 +124,13 @@ def _mix(codec: Codec, packed: Packed, weights: torch.Tensor) -> torch.Tensor:
     return codec.mix(weights, packed)
 
 
-def _exact_runs(layer: CompressedLayer) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, Slots]]:
+def _mix_entries(codec: Codec, run: EntryRun, weights: torch.Tensor) -> torch.Tensor:
+    """Weights `[E * H, 1, M, n]` of entries that are packed as `[E, H, 1, ...]`."""
+    by_entry = weights.view(len(run.entries.rows), -1, *weights.shape[2:])
+    return codec.mix(by_entry, run.values).flatten(0, 1).unsqueeze(1)
+
+
+def exact_runs(layer: CompressedLayer) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, Slots]]:
     """Sinks and window, then this pass's new tokens: a name, keys, values `[B, H, n, D]` and their slots."""
     assert layer.storage is not None
     stored = exact_run(layer.storage)
@@ -149,5 +165,7 @@ def _bias_of(bias: torch.Tensor, slots: Slots, device: torch.device, tokens: int
     if slots.lines is not None:
         rows = slots.lines.rows if bias.shape[0] > 1 else torch.zeros_like(slots.lines.rows)
         bias = bias.unflatten(1, (slots.lines.of, -1))[rows, slots.lines.heads]
+    elif slots.rows is not None and bias.shape[0] > 1:
+        bias = bias[slots.rows]
     bias = bias.expand(max(bias.shape[0], at.shape[0]), -1, -1, -1)
     return bias.gather(3, at.expand(*bias.shape[:3], tokens))

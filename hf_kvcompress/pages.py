@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .codecs.base import Codec, Packed
+from .entries import EntryRun
 
 SEGMENT_STARTS = (0, 128, 512, 2048)  # then every 2048: a short sequence cannot wait for good statistics
 SEGMENT_LENGTH = 2048  # codes of one head, unpacked, stay in a core's cache
@@ -51,7 +52,8 @@ class PageStore:
         first: tokens of a row that stand before its first sealed one.
     """
 
-    plain_slabs = True  # what is stored are the slabs' tensors and nothing else
+    plain_slabs = True  # what is stored are the slabs' tensors and nothing else; a sealed page never changes
+    gathers = False  # `entries` says what there is
 
     def __init__(
         self,
@@ -89,6 +91,9 @@ class PageStore:
 
     def make_slab(self, start: int, capacity: int) -> None:
         """Add an empty slab of `capacity` tokens from token number `start` on."""
+        self.slabs.append(self._empty_slab(start, capacity))
+
+    def _empty_slab(self, start: int, capacity: int) -> Slab:
         leading = (len(self.counts), self.heads, 1)
         packed = {
             role: {
@@ -97,7 +102,7 @@ class PageStore:
             }
             for role, codec in self.codecs.items()
         }
-        self.slabs.append(Slab(start, capacity, packed["key"], packed["value"]))
+        return Slab(start, capacity, packed["key"], packed["value"])
 
     def _reserve(self, start: int, end: int) -> None:
         if not self.slabs:
@@ -195,6 +200,10 @@ class PageStore:
         slab.packed(role)[name].narrow(axis, unit, data.shape[axis]).copy_(data)
 
     # -- reading -------------------------------------------------------------------------------------------------------
+
+    def entries(self) -> list[EntryRun] | None:
+        """All sealed tokens row by row, where they are to be read so instead of slab by slab."""
+        return None
 
     def places(self, role: str, start: int, tokens: int) -> Packed:
         """Where sealed tokens stand in their rows, `[tokens]` as "at", for a codec that asks for it.

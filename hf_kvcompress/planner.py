@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from .calibration import Calibration
 from .config import DEFAULT_POLICY, NO_POLICY, CacheConfig, LayerConfig, expect
+from .contexts import context_of
 from .footprint import dense_bytes, evicts, largest, layer_bytes, tokens_for_bytes
 from .plans import LayerPlan, Plan
 from .policies.layer_budgets import layer_weights
@@ -34,6 +37,8 @@ __all__ = [
 
 #: codecs that keep every token, mildest first; none below the last is ever planned
 LEVELS = ("identity", "int8", "eqrot4", "eqrot3")
+#: and with a calibration; fewer bits do badly on texts that are unlike those it was made of
+CALIBRATED_LEVELS = (*LEVELS, "pca2/eqrot3", "pca2/eqrot2")
 #: codecs beside eviction: of full layers, and of sliding ones, which only quantization makes smaller
 EVICTING = (("eqrot4", "eqrot4"), ("eqrot4", "eqrot3"), ("eqrot3", "eqrot3"))
 FEW = 0.1  # part of the tokens below which fewer bits are tried before fewer tokens
@@ -58,6 +63,7 @@ def plan(
     dtype: torch.dtype = torch.bfloat16,
     policy: str | None = None,
     codec: str | None = None,
+    calibration: str | Path | Calibration | None = None,
 ) -> Plan:
     """Codecs and kept tokens with which a cache of `context` tokens holds to `budget`.
 
@@ -69,6 +75,7 @@ def plan(
         dtype: of the model's keys and values.
         policy: what chooses the tokens to evict, if any must be; None takes "h2o", "none" refuses to evict.
         codec: use this codec ("eqrot4", or "int8/eqrot4" for keys and values) instead of choosing one.
+        calibration: of the model; codecs that need one are then chosen as well.
 
     Raises BudgetError (a ValueError) with the smallest budget that works, if this one does not.
     """
@@ -82,13 +89,19 @@ def plan(
         raise expect("config", "a model with attention layers", getattr(config, "model_type", type(config).__name__))
     if policy not in (None, NO_POLICY):
         make_policy(policy)
+    if calibration is not None:
+        calibration = Calibration.open(calibration)
+    levels = [codec] if codec else LEVELS if calibration is None else CALIBRATED_LEVELS
+    tried = [CacheConfig(_with_codec(base, level)) for level in levels]
+    for settings, shape in ((settings, shape) for settings in tried for shape in shapes if shape.packed):
+        context_of(config, shape.layer, settings.default, calibration)  # a calibration that lacks something is refused
     uncompressed = describe(shapes, CacheConfig(base), context=context, batch=batch, dtype=dtype).uncompressed_bytes
     limit = _budget_bytes(budget, uncompressed)
 
     def sized(settings: CacheConfig) -> Plan:
-        return describe(shapes, settings, context=context, batch=batch, dtype=dtype, budget_bytes=limit)
+        found = describe(shapes, settings, context=context, batch=batch, dtype=dtype, budget_bytes=limit)
+        return found if calibration is None else replace(found, calibration=calibration.path)
 
-    tried = [CacheConfig(_with_codec(base, level)) for level in ([codec] if codec else LEVELS)]
     whole = [sized(settings) for settings in tried]
     for found in whole:
         if found.fits:
@@ -129,6 +142,8 @@ def describe(
 class ByteShares:
     """Bytes of every layer that evicts, by batch size and dtype: `share_bytes`, worked out once for each.
 
+    Under tensor parallelism they are bytes of a rank, which has one part in `parts` of every layer's heads.
+
     Args:
         config: the model's config.
         settings: with `budget_bytes` set.
@@ -138,17 +153,20 @@ class ByteShares:
         self.config, self.settings = config, settings
         text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
         self.query_heads: int | None = getattr(text, "num_attention_heads", None)
-        self._known: dict[tuple[int, torch.dtype], dict[int, int]] = {}
+        self._known: dict[tuple[int, torch.dtype, int], dict[int, int]] = {}
 
-    def __call__(self, batch: int, dtype: torch.dtype) -> dict[int, int]:
-        if (batch, dtype) not in self._known:
-            shares = share_bytes(self.config, self.settings, batch, dtype)
+    def __call__(self, batch: int, dtype: torch.dtype, parts: int = 1) -> dict[int, int]:
+        if (batch, dtype, parts) not in self._known:
+            shapes = tuple(
+                replace(s, heads=s.heads // parts, query_heads=s.query_heads // parts) for s in _shapes(self.config)
+            )
+            shares = share_bytes(shapes, self.settings, batch, dtype)
             if self.settings.layer_budget != "uniform":
                 even = sum(shares.values()) / max(len(shares), 1)
                 weights = layer_weights(self.settings.layer_budget, len(shares))
                 shares = {index: int(even * weight) for index, weight in zip(sorted(shares), weights, strict=True)}
-            self._known[batch, dtype] = shares
-        return self._known[batch, dtype]
+            self._known[batch, dtype, parts] = shares
+        return self._known[batch, dtype, parts]
 
 
 def share_bytes(config: Any, settings: CacheConfig, batch: int, dtype: torch.dtype) -> dict[int, int]:
@@ -162,7 +180,7 @@ def share_bytes(config: Any, settings: CacheConfig, batch: int, dtype: torch.dty
     total = settings.budget_bytes
     if total is None:
         raise expect("settings", "a budget in bytes", None)
-    shapes, fixed = layer_shapes(config), 0
+    shapes, fixed = _shapes(config), 0
     sharing: list[tuple[LayerShape, LayerConfig]] = []
     for shape in shapes:
         layer = settings.for_layer(shape.layer)

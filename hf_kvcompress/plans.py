@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from .config import NO_POLICY, CacheConfig, LayerConfig
+from .fingerprints import asks_for_calibration
 from .policies.settings import EvictionConfig
+from .showing import Shown
 
 MB = 1024 * 1024
 MANY_LAYERS = 40  # above, neighbours that are alike share a line
@@ -31,13 +33,14 @@ class LayerPlan:
 
 
 @dataclass(frozen=True, repr=False)
-class Plan:
+class Plan(Shown):
     """What a cache with `settings` holds after `context` tokens in each of `batch` rows.
 
     Bytes are what is held at most, allocated room included, however the tokens came. The recurrent state of linear
     layers, whose size does not depend on the context, is not counted.
 
     max_context: the longest context that these settings hold within the budget; None if any does.
+    calibration: the file of the calibration that it was planned with, if any.
     """
 
     settings: CacheConfig
@@ -47,6 +50,7 @@ class Plan:
     dtype: torch.dtype
     budget_bytes: int | None = None
     max_context: int | None = None
+    calibration: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -80,8 +84,11 @@ class Plan:
         return names[0] if names else None
 
     def cache_settings(self) -> dict[str, Any]:
-        """Keyword arguments of `CompressedCache(config, **settings)`, JSON-ready; only what is not the default."""
-        return compact_settings(self.settings)
+        """Keyword arguments of `CompressedCache(config, **settings)`, JSON-ready; only what is not the default.
+
+        A calibration in memory is not among them: the cache wants it beside them.
+        """
+        return compact_settings(self.settings) | calibration_setting(self.settings, self.calibration)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: the totals, the settings and every layer."""
@@ -104,6 +111,8 @@ class Plan:
     def code(self) -> str:
         """The line of Python that makes the cache."""
         settings = ", ".join(f"{name}={value!r}" for name, value in self.cache_settings().items())
+        if asks_for_calibration(self.settings) and self.calibration is None:
+            settings += ", calibration=calibration"
         return f"cache = kvc.CompressedCache(model.config, {settings})"
 
     # -- as a table ----------------------------------------------------------------------------------------------------
@@ -140,6 +149,18 @@ class Plan:
             table.add_row(*row)
         return table
 
+    _index = "layer"
+    _bars = {"uncompressed_bytes": ("uncompressed", 1 / MB), "nbytes": ("held", 1 / MB)}
+
+    def _title(self) -> str:
+        return self.title()
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [asdict(layer) for layer in self.layers]
+
+    def _cells(self) -> tuple[tuple[str, ...], list[list[str]]]:
+        return self._HEADER, self._rows()
+
 
 def _row(layers: list[LayerPlan]) -> list[str]:
     first, last, count = layers[0], layers[-1], len(layers)
@@ -158,6 +179,11 @@ def _row(layers: list[LayerPlan]) -> list[str]:
 
 def _mb(nbytes: int) -> str:
     return f"{nbytes / MB:,.2f}"
+
+
+def calibration_setting(settings: CacheConfig, file: str | None) -> dict[str, str]:
+    """The file of a calibration as a keyword argument, where there is one and the settings ask for it."""
+    return {"calibration": file} if file is not None and asks_for_calibration(settings) else {}
 
 
 def compact_settings(settings: CacheConfig) -> dict[str, Any]:

@@ -8,11 +8,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from .config import CacheConfig
-from .monitor import Monitor
+from .calibration import Calibration
+from .config import CacheConfig, expect
+from .fingerprints import of_calibration
 from .policies.base import Policy
 from .restoring import restore
 from .saving import check, header_of, pack, unpack, write_atomically
+from .sealing_error import SealingMonitor
 from .snapshots import Snapshot, capture, sealed
 
 Own = TypeVar("Own", bound="Portable")
@@ -24,6 +26,8 @@ class Portable:
     layers: list[Any]
     settings: CacheConfig
     fingerprint: dict[str, Any] | None  # of the model that it is for
+    calibration: Calibration | None
+    own_settings: str | None = None  # what a class with settings besides those of `CacheConfig` calls them in a file
     layer_class_to_replicate: Any
     _recording_past: bool
 
@@ -39,7 +43,14 @@ class Portable:
         Raises OSError if the disk refuses; what was at `path` before is then still there.
         """
         snapshot = self.snapshot(copy=False)
-        write_atomically(path, pack(header_of(snapshot, self.settings, self.fingerprint), snapshot.tensors))
+        calibrated = of_calibration(self.settings, self.calibration)
+        about = header_of(snapshot, self.settings, self.fingerprint, calibrated)
+        header = {**about, "strategy": self.strategy()}
+        write_atomically(path, pack(header, snapshot.tensors))
+
+    def strategy(self) -> dict[str, Any]:
+        """Settings besides those of `CacheConfig`, JSON-ready and under `own_settings`; `{}` if there are none."""
+        return {}
 
     @classmethod
     def load(
@@ -50,7 +61,7 @@ class Portable:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         policy: str | Policy | None = None,
-        monitor: bool | Monitor = False,
+        monitor: bool | SealingMonitor = False,
         calibration: Any = None,
         **more: Any,
     ) -> Own:
@@ -62,15 +73,21 @@ class Portable:
             device: where to put it.
             dtype: the model's, where its config does not say or was not told of a conversion.
             policy: the policy, where it was one of your own.
-            monitor, calibration: as for a new cache; so is what a class of caches takes besides, as a `PagedCache` its
+            calibration: the one that the cache was saved with, where its codecs need one: the file keeps its
+                fingerprint, not its numbers, since they belong to the model and are as large as a short cache.
+            monitor: as for a new cache; so is what a class of caches takes besides, as a `PagedCache` its
                 pool.
 
         Raises ValueError for a file of another model, dtype, codec version or format, and for one that was cut or
         changed; FileNotFoundError if there is none.
         """
         header, tensors = unpack(Path(path).read_bytes(), "path")
-        check(header, config, dtype, "path")
-        settings = header["settings"] | ({} if policy is None else {"policy": policy})
+        calibration = None if calibration is None else Calibration.open(calibration)
+        check(header, config, dtype, "path", None if calibration is None else calibration.fingerprint)
+        strategy = header.get("strategy", {})
+        if strategy.keys() - {cls.own_settings}:
+            raise expect("path", f"a file that {cls.__name__} can read", f"one of {', '.join(strategy)}")
+        settings = header["settings"] | strategy | ({} if policy is None else {"policy": policy})
         cache = cls.from_settings(config, settings, monitor=monitor, calibration=calibration, **more)
         cache.put_back([Snapshot(header["layers"], tensors)], device)
         return cache

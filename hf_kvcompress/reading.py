@@ -12,10 +12,12 @@ from .blocks import Block
 from .clustered.frozen import SharedSlab
 from .clustered.store import ClusteredPages
 from .codecs.base import Codec, Packed
+from .entries import Entries
+from .host_tier import Fetched
 from .lanes import LanePages
 from .masks import Lines, Slots
 from .storage import LayerStorage
-from .tiers import Fetched, Tail
+from .tiers import Tail
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,11 @@ def lane_stores(storage: LayerStorage) -> Iterator[tuple[str, LanePages, Tail | 
         yield f"tail{depth or ''}", tail.pages, tail
 
 
-def page_runs(storage: LayerStorage, queries: torch.Tensor) -> Iterator[PageRun]:
-    """The sealed pages, slab by slab or block by block; of a host tier those that `queries` `[B, H, M, D]` favour."""
+def page_runs(storage: LayerStorage, queries: torch.Tensor | None) -> Iterator[PageRun]:
+    """The sealed pages, slab by slab or block by block; of a host tier those that `queries` `[B, H, M, D]` favour.
+
+    Without queries nothing is read from a host tier.
+    """
     if isinstance(storage.pages, LanePages):
         above = storage.pages, "packed"
         for name, pages, tail in lane_stores(storage):
@@ -54,7 +59,7 @@ def page_runs(storage: LayerStorage, queries: torch.Tensor) -> Iterator[PageRun]
                 yield from (_lane_run(pages, block, name) for block in pages.blocks)
                 above = pages, name
                 continue
-            fetched = tail.fetch(queries.flatten(0, 1))
+            fetched = None if queries is None else tail.fetch(queries.flatten(0, 1))
             if fetched is not None:  # packed as in the tier above it
                 yield _lane_run(above[0], fetched, above[1])
         return
@@ -96,6 +101,26 @@ def _page_slots(storage: LayerStorage, sinks: int, start: int, tokens: int, coun
         return at.masked_fill(numbers >= torch.tensor(counts, device=device)[:, None], -1)
 
     return Slots(positions, ("pages", sinks, start, tokens, tuple(counts), *_key(storage)), past=True, full=full)
+
+
+def entry_slots(storage: LayerStorage, entries: Entries) -> Slots:
+    """Where the tokens of entries stand, an entry a row."""
+    sinks, at = max(storage.window.sinks, default=0), storage.positions
+
+    def positions(device: torch.device) -> torch.Tensor:
+        inside, held = torch.arange(entries.capacity), torch.tensor(entries.held)[:, None]
+        number = torch.tensor(entries.starts)[:, None] + inside + sinks
+        if at.table is None:
+            found = number + torch.tensor(at.offsets)[entries.rows][:, None]
+        else:
+            rows = torch.tensor(entries.rows)[:, None]
+            found = at.table[rows, number.clamp(max=at.table.shape[1] - 1)].long()
+        return found.masked_fill(inside >= held, -1).to(device)
+
+    told = (*entries.rows, *entries.starts, *entries.held)
+    full = min(entries.held) == entries.capacity
+    key = ("entries", sinks, entries.capacity, *told, *_key(storage))
+    return Slots(positions, key, past=True, full=full, rows=entries.row_index)
 
 
 def exact_run(storage: LayerStorage) -> tuple[torch.Tensor, torch.Tensor, Slots] | None:

@@ -7,15 +7,23 @@ from typing import Any
 
 import torch
 
+from .clustered.repeats import RepeatIndex
+from .clustered.store import ClusteredPages
 from .config import expect
+from .exact_copies import ExactCopies
+from .host_tier import Bounds
 from .observers import QueryWindow
 from .pages import PageStore
 from .positions import Positions
-from .snapshots import HELD, Snapshot, token_axis
-from .tiers import Bounds, Tail
+from .snapshots import CLUSTERS_FORMAT, HELD, Snapshot, token_axis
+from .tiers import Tail
 from .window import ExactWindow
 
-_ON_HOST = {(Positions, "table"), (QueryWindow, "positions"), (Bounds, "hot")}
+_ON_HOST = {(Positions, "table"), (QueryWindow, "positions"), (Bounds, "hot")} | {
+    (RepeatIndex, "found"),
+    (RepeatIndex, "tails"),
+    (ClusteredPages, "hashes"),
+}
 _BY_NAME = {kind.__name__: kind for kind in HELD}
 
 
@@ -80,6 +88,8 @@ class _Reader:
         if isinstance(target, kind):
             self._fill(target, x["state"], device)
             return target
+        if issubclass(kind, PageStore):
+            raise expect("cache", f"one that holds {kind.__name__}, as what was saved", type(target).__name__)
         state = {key: self.get(value, self._place(kind, key, device), None) for key, value in x["state"].items()}
         return self._made.setdefault(x["name"], kind(**state))
 
@@ -94,12 +104,15 @@ class _Reader:
     def _fill(self, target: Any, state: dict[str, Any], device: torch.device) -> None:
         if isinstance(target, ExactWindow):
             return self._fill_window(target, state, device)
+        if isinstance(target, ClusteredPages) and "format" in state:
+            return self._fill_clustered(target, state, device)
         if isinstance(target, PageStore):
             return self._fill_pages(target, state, device)
-        if isinstance(target, Tail) and target.host:
+        if isinstance(target, ExactCopies) or (isinstance(target, Tail) and target.host):
             device = torch.device("cpu")
-        for key, value in state.items():
-            setattr(target, key, self.get(value, self._place(type(target), key, device), getattr(target, key)))
+        for key in (key for key in HELD[type(target)] if key in state):  # what refers to others comes behind them
+            place = self._place(type(target), key, device)
+            setattr(target, key, self.get(state[key], place, getattr(target, key)))
 
     def _fill_window(self, window: ExactWindow, state: dict[str, Any], device: torch.device) -> None:
         window.sinks, window.recent = list(state["sinks"]), list(state["recent"])
@@ -123,6 +136,34 @@ class _Reader:
             for name, tensor in told["runs"].items():
                 role, key = name.split(".")
                 _spread(pages, role, key, tensors[tensor["tensor"]], told["from"], min(told["to"], state["to"]))
+
+    def _fill_clustered(self, pages: ClusteredPages, state: dict[str, Any], device: torch.device) -> None:
+        if state["format"] != CLUSTERS_FORMAT:
+            raise expect("path", f"shared pages of format {CLUSTERS_FORMAT}", f"format {state['format']}")
+        for key in ("counts", "histories", "hashes"):
+            setattr(pages, key, self.get(state[key], self._place(ClusteredPages, key, device), None))
+        for told in state["slabs"]:
+            if "packed" in told:
+                pages.make_slab(told["start"], told["capacity"])
+                for role, packed in told["packed"].items():
+                    for name, tensor in packed.items():
+                        self._copy_first(pages, role, name, self._tensor(tensor, device))
+                continue
+            slab = pages.make_shared_slab(told["state"]["start"], told["state"]["capacity"])
+            for role, pool in told["state"]["pools"]["dict"]:
+                self._fill(slab.pools[role], pool["state"], device)
+        if state["index"] is not None:
+            self.get(state["index"], device, pages.index)
+        pages.clusters.level = state["level"]
+
+    @staticmethod
+    def _copy_first(pages: PageStore, role: str, name: str, tensor: torch.Tensor) -> None:
+        """Into the newest slab: a statistic, or the first entries of a field."""
+        codec, whole = pages.codecs[role], pages.slabs[-1].packed(role)[name]
+        if name in codec.statistics:
+            whole.copy_(tensor)
+        else:
+            pages.write(pages.slabs[-1], role, name, 0, tensor)
 
 
 def _spread(pages: PageStore, role: str, key: str, run: torch.Tensor, low: int, high: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -49,6 +50,24 @@ class Rotary:
         """What `apply` made `x` `[..., T, D]` of, at the positions `at` `[..., T]`."""
         return self._turn(x, at, -1.0, 1 / self.scaling)
 
+    def pairs(self, dim: int) -> tuple[int, ...]:
+        """The channels of a head of `dim`, those that turn first and each beside its partner."""
+        turning = 0 if self.frequencies is None else 2 * len(self.frequencies)
+        first = list(range(turning))
+        if not self.neighbours:
+            first = [channel for i in range(turning // 2) for channel in (i, i + turning // 2)]
+        return (*first, *range(turning, dim))
+
+    def turns(self, tokens: int, device: torch.device) -> torch.Tensor:
+        """What positions 0, 1 ... `tokens - 1` turn each pair by, `[tokens, R / 2]` complex64, scaling included."""
+        assert self.frequencies is not None
+        room = 1 << max(tokens - 1, 1).bit_length()
+        return _turns_of(tuple(self.frequencies.tolist()), self.scaling, device, room)[:tokens]
+
+    def turn_back(self, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        """`undo`, lengths kept: `x @ apply(k, at + d).mT` is `turn_back(x, at) @ apply(k, d).mT`."""
+        return self._turn(x, at, -1.0, 1.0)
+
     def storages_held(self) -> dict[Hashable, int]:
         """Nothing that a cache counts: it belongs to the model."""
         return {}
@@ -71,6 +90,14 @@ class Rotary:
         torch.mul(b, cos, out=out[..., second]).add_(a * sin)
         out[..., turning:] = x[..., turning:]
         return out
+
+
+@lru_cache(maxsize=16)  # layers share it: a model has one or two rotations
+@torch.inference_mode(False)
+def _turns_of(frequencies: tuple[float, ...], scaling: float, device: torch.device, tokens: int) -> torch.Tensor:
+    at = torch.arange(tokens, device=device, dtype=torch.float32)
+    angles = at[:, None] * torch.tensor(frequencies, device=device)
+    return torch.polar(torch.full_like(angles, scaling), angles)
 
 
 def rotary_of(config: Any, layer_index: int) -> Rotary:

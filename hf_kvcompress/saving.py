@@ -64,7 +64,8 @@ def _checksum(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         if tensor.numel():
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            flat = tensor.as_strided((tensor.numel(),), (1,))  # a single number may have any stride
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -86,14 +87,20 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 # -- headers -----------------------------------------------------------------------------------------------------------
 
 
-def header_of(snapshot: Snapshot, settings: Any, model: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Everything about a snapshot but its tensors; `settings` are a `CacheConfig`, `model` is from `of_model`."""
+def header_of(
+    snapshot: Snapshot, settings: Any, model: Mapping[str, Any] | None, calibration: str | None
+) -> dict[str, Any]:
+    """Everything about a snapshot but its tensors.
+
+    `settings` are a `CacheConfig`, `model` is from `of_model`, `calibration` from `of_calibration`.
+    """
     return {
         "format": FORMAT,
         "package": _package_version(),
         "settings": settings.to_dict(),
         "codecs": of_codecs(settings),
         "model": model,
+        "calibration": calibration,
         "dtype": dtype_of(snapshot),
         "layers": snapshot.layers,
         "since": snapshot.since,
@@ -105,8 +112,13 @@ def dtype_of(snapshot: Snapshot) -> str | None:
     return next((layer["dtype"] for layer in snapshot.layers if "dtype" in layer), None)
 
 
-def check(header: Mapping[str, Any], config: Any, dtype: torch.dtype | None, name: str) -> None:
-    """Raise ValueError, with `name`, unless a file with this header can be read here, for this model."""
+def check(
+    header: Mapping[str, Any], config: Any, dtype: torch.dtype | None, name: str, calibration: str | None = None
+) -> None:
+    """Raise ValueError, with `name`, unless a file with this header can be read here, for this model.
+
+    calibration: the fingerprint of the one at hand; one that the file's codecs do not ask for is no harm.
+    """
     if header.get("format") != FORMAT:
         raise expect(name, f"a file of format {FORMAT}", f"format {header.get('format')}, by {header.get('package')}")
     for codec, written in header["codecs"].items():
@@ -119,6 +131,12 @@ def check(header: Mapping[str, Any], config: Any, dtype: torch.dtype | None, nam
     if told is not None and model is not None and (other := differences(told, model)):
         parts = "; ".join(f"{key} {told.get(key)!r} and not {model.get(key)!r}" for key in other)
         raise ValueError(f"{name}: expected a file of this model, got one of a model with {parts}")
+    own = header.get("calibration")
+    if own is not None and own != calibration:
+        got = "None" if calibration is None else f"the one with fingerprint {calibration[:12]}"
+        raise ValueError(
+            f"calibration: expected the one that {name} was saved with (fingerprint {own[:12]}), got {got}"
+        )
     dtype = dtype or getattr(config, "dtype", None)
     if dtype is not None and header["dtype"] not in (None, str(dtype).removeprefix("torch.")):
         raise expect(name, f"a cache in {str(dtype).removeprefix('torch.')}, as the model is", header["dtype"])

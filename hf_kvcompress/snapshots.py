@@ -13,8 +13,14 @@ from typing import Any
 import torch
 
 from .blocks import Block
+from .clustered.frozen import SharedSlab
+from .clustered.pool import Members, Pool
+from .clustered.repeats import RepeatIndex
+from .clustered.store import ClusteredPages
 from .config import expect
 from .eviction import Evictor
+from .exact_copies import ExactCopies
+from .host_tier import Bounds, HostBlock
 from .lane_statistics import LaneStatistics
 from .lanes import LanePages
 from .layer import CompressedLayer
@@ -23,21 +29,28 @@ from .pages import PageStore, Slab
 from .positions import Positions
 from .queries import QueryStatistics
 from .storage import LayerStorage
-from .tiers import Bounds, HostBlock, Tail
+from .tiers import Tail
 from .window import ExactWindow
 
+_OF_PAGES = ("codecs", "heads", "device", "segment_length", "page_size", "first")
 _LINES = ("lanes", "epochs", "counts", "capacity", "packed", "positions", "mass")
 #: what a snapshot holds of each class, in an order in which nothing refers to what comes later
 HELD: dict[type, tuple[str, ...]] = {
-    LayerStorage: ("window", "pages", "tail", "positions", "queries", "evictor"),
+    LayerStorage: ("window", "pages", "tail", "copies", "positions", "queries", "evictor"),
     ExactWindow: ("sinks", "recent", "parts"),
     PageStore: ("counts", "histories", "slabs"),
+    ClusteredPages: ("counts", "histories", "slabs", "hashes", "index"),
+    SharedSlab: ("start", "capacity", "pools"),
+    Pool: ("statistics", "owners", "table", "plain", "plain_statistics", "plain_pages", "groups"),
+    Members: ("nbits", "back", "base", "shift", "statistics", "packed"),
+    RepeatIndex: ("feeder", "found", "tails", "seen"),
     LanePages: ("blocks", "statistics", "counts", "open", "holes"),
     LaneStatistics: ("tables", "histories", "known", "epoch"),
     Block: _LINES,
     HostBlock: (*_LINES, "bounds"),
     Bounds: ("low", "high", "hot"),
     Tail: ("pages", "beyond"),
+    ExactCopies: ("pages",),
     Positions: ("counts", "offsets", "table"),
     QueryStatistics: ("sums", "counts"),
     Evictor: ("budget", "window", "prompts", "evicted"),
@@ -47,16 +60,21 @@ HELD: dict[type, tuple[str, ...]] = {
 REMADE: dict[type, tuple[str, ...]] = {
     LayerStorage: ("config", "sliding_window", "index", "monitor", "dtype", "device", "heads", "dims", "context"),
     ExactWindow: ("sink_length",),
-    PageStore: ("codecs", "heads", "device", "segment_length", "page_size", "first"),
+    PageStore: _OF_PAGES,
+    ClusteredPages: (*_OF_PAGES, "clusters", "rotary", "layer", "begins", "local", "newest", "_pass"),
+    Pool: ("codec", "page", "move", "device", "first"),
+    RepeatIndex: ("pending", "_asked"),
     LanePages: ("codecs", "heads", "device", "track_mass", "page_size", "first_position"),
     LaneStatistics: ("codecs", "heads", "device"),
     Block: ("_index",),
     HostBlock: ("_index",),
     Tail: ("device", "host", "fetch_pages", "settled"),
+    ExactCopies: ("limit",),
     QueryStatistics: ("heads", "keep_newest", "newest"),
-    Evictor: ("config", "settings", "index", "heads", "sliding_window", "policy"),
+    Evictor: ("config", "settings", "index", "heads", "first_head", "sliding_window", "policy"),
     QueryWindow: ("size", "heads"),
 }
+CLUSTERS_FORMAT = 1  # goes up when shared pages would be read differently
 OF_LAYER = ("seen", "record_past", "is_initialized")
 #: attributes of our own layer that the cache sets as it is made, or that belong to the pass in flight
 LAYER_REMADE = ("config", "index", "sliding_window", "monitor", "is_sliding", "storage", "chunk", "share", "plan") + (
@@ -81,9 +99,12 @@ class Snapshot:
 
 
 def sealed(layers: Iterable[Any]) -> list[int]:
-    """Sealed tokens of each layer's fullest row: what `capture` takes as `since` for the next one of a chain."""
+    """Sealed tokens of each layer's fullest row: what `capture` takes as `since` for the next one of a chain.
+
+    0 where pages change after they were sealed: such a layer is whole in every snapshot.
+    """
     stores = [layer.storage.pages if getattr(layer, "storage", None) is not None else None for layer in layers]
-    return [max(store.counts) if isinstance(store, PageStore) else 0 for store in stores]
+    return [max(store.counts) if isinstance(store, PageStore) and store.plain_slabs else 0 for store in stores]
 
 
 def capture(layers: Sequence[Any], since: Sequence[int] = (), copy: bool = True) -> Snapshot:
@@ -137,7 +158,9 @@ class _Writer:
             return {"dtype": str(x).removeprefix("torch.")} if isinstance(x, torch.dtype) else {"device": None}
         if isinstance(x, ExactWindow):
             return {"class": "ExactWindow", "state": self._window(x, name)}
-        if vars(type(x)).get("plain_slabs"):
+        if isinstance(x, ClusteredPages):
+            return {"class": "ClusteredPages", "state": self._clustered(x, name)}
+        if isinstance(x, PageStore):
             return {"class": "PageStore", "state": self._pages(x, name)}
         if type(x) in HELD:
             self._names[id(x)] = name
@@ -177,6 +200,28 @@ class _Writer:
         histories = self.put(pages.histories, f"{name}.histories")
         counts = list(pages.counts)
         return {"counts": counts, "histories": histories, "slabs": slabs, "from": low, "to": high, "runs": runs}
+
+    def _clustered(self, pages: ClusteredPages, name: str) -> dict[str, Any]:
+        """Slab by slab: plain ones up to their last token, shared ones with tables, references and differences."""
+        slabs = []
+        for i, slab in enumerate(pages.slabs):
+            own, end = f"{name}.slabs.{i}", min(max(pages.counts), slab.end)
+            if isinstance(slab, SharedSlab):
+                slabs.append(self.put(slab, own))
+                continue
+            packed = {
+                role: {
+                    key: self.tensor(whole if part is None else part, f"{own}.{role}.{key}")
+                    for key, whole in slab.packed(role).items()
+                    if (part := _part(codec, slab, role, key, slab.start, end)) is not None or key in codec.statistics
+                }
+                for role, codec in pages.codecs.items()
+            }
+            slabs.append({"start": slab.start, "capacity": slab.capacity, "packed": packed})
+        pages.index.settle()
+        index = self.put(pages.index, f"{name}.index") if pages.feeds else None
+        rest = {key: self.put(getattr(pages, key), f"{name}.{key}") for key in ("counts", "histories", "hashes")}
+        return {**rest, "slabs": slabs, "index": index, "level": pages.clusters.level, "format": CLUSTERS_FORMAT}
 
 
 def token_axis(codec: Any, key: str) -> int:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from html import escape
 from typing import Any
 
 from .clustered.store import ClusteredPages
 from .layer import CompressedLayer
 from .measure import tensor_bytes
+from .showing import Shown
 
 MB = 1024 * 1024
 
@@ -18,8 +18,9 @@ MB = 1024 * 1024
 class LayerStats:
     """One layer: tokens seen are positions, padding included; other counts are summed over rows, bytes over tensors.
 
-    Where heads hold different tokens, counts are averages over heads. The ratio counts what is stored, so eviction does
-    not raise it: bytes do fall.
+    Where heads hold different tokens, counts are averages over heads. `exact_copies` are tokens of lower levels of
+    which the host keeps what the first one held; their bytes are in `bytes_held` too. The ratio counts what is stored,
+    so eviction does not raise it: bytes do fall.
     """
 
     layer: int
@@ -36,6 +37,8 @@ class LayerStats:
     bytes_held: int
     bytes_used: int
     bytes_uncompressed: int
+    exact_copies: int = 0
+    bytes_exact_copies: int = 0
 
     @classmethod
     def of(cls, index: int, layer: Any) -> LayerStats:
@@ -73,6 +76,8 @@ class LayerStats:
             bytes_held=held,
             bytes_used=used,
             bytes_uncompressed=uncompressed,
+            exact_copies=0 if storage.copies is None else storage.copies.tokens,
+            bytes_exact_copies=tensor_bytes(storage.copies),
         )
 
 
@@ -87,7 +92,7 @@ def _mean(ratios: Iterable[float]) -> float:
     return sum(found) / len(found) if found else 1.0
 
 
-class CacheStats(Mapping[str, Any]):
+class CacheStats(Shown, Mapping[str, Any]):
     """Totals of a cache, by name (`stats["compression_ratio"]`), with `layers` for the single ones.
 
     Bytes are counted from the tensors that are there: `nbytes` is everything held, `slack_bytes` the part that is
@@ -111,6 +116,8 @@ class CacheStats(Mapping[str, Any]):
             "tokens_stored": tokens,
             "tokens_evicted": max((layer.tokens_evicted for layer in packed), default=0),
             "tokens_demoted": max((layer.tokens_demoted for layer in packed), default=0),
+            "exact_copies": max((layer.exact_copies for layer in packed), default=0),
+            "exact_copy_bytes": sum(layer.bytes_exact_copies for layer in layers),
             "bits_per_layer": {layer.layer: round(layer.bits, 3) for layer in packed},
         }
 
@@ -166,26 +173,13 @@ class CacheStats(Mapping[str, Any]):
             table.add_row(*row)
         return table
 
-    def _repr_html_(self) -> str:
-        head = "".join(f"<th>{escape(name)}</th>" for name in self._HEADER)
-        body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in self._rows())
-        return f"<p>{escape(self._title())}</p><table><tr>{head}</tr>{body}</table>"
+    # -- in a notebook -------------------------------------------------------------------------------------------------
 
-    def to_pandas(self) -> Any:
-        """A row a layer, the fields of `LayerStats` as columns. Needs pandas."""
-        import pandas
+    _index = "layer"
+    _bars = {"bytes_uncompressed": ("uncompressed", 1 / MB), "bytes_held": ("held", 1 / MB)}
 
-        return pandas.DataFrame([asdict(layer) for layer in self.layers]).set_index("layer")
+    def _records(self) -> list[dict[str, Any]]:
+        return [asdict(layer) for layer in self.layers]
 
-    def plot(self) -> Any:
-        """A matplotlib figure: MB of each layer, held and as it would be uncompressed. Needs matplotlib."""
-        from matplotlib.figure import Figure  # without pyplot: no window, no state
-
-        figure = Figure(figsize=(7, 3), layout="constrained")
-        axes = figure.subplots()
-        places = [layer.layer for layer in self.layers]
-        axes.bar(places, [layer.bytes_uncompressed / MB for layer in self.layers], color="0.85", label="uncompressed")
-        axes.bar(places, [layer.bytes_held / MB for layer in self.layers], width=0.5, label="held")
-        axes.set(xlabel="layer", ylabel="MB", title=self._title())
-        axes.legend()
-        return figure
+    def _cells(self) -> tuple[list[str], list[list[str]]]:
+        return self._HEADER, self._rows()

@@ -41,6 +41,7 @@ def step_back(storage: LayerStorage) -> tuple[str, str] | None:
     codecs = storage.make_codecs()
     if isinstance(old, LanePages):
         storage.pages = _lanes_again(storage, old, codecs)
+        storage.copies = storage.make_copies(storage.pages)  # the old ones are in the old codes
     else:
         storage.pages = _pages_again(old, codecs)
     return names[0], names[1]

@@ -7,19 +7,22 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from .clustered.importance import newest_queries
 from .clustered.shared import Sharing
 from .clustered.store import ClusteredPages
 from .codecs.base import Codec, CodecContext, Role
 from .codecs.registry import make_codec
 from .config import LayerConfig
 from .eviction import Evictor
+from .exact_copies import AUTO_BYTES, ExactCopies
 from .lanes import LanePages
-from .monitor import Monitor
 from .observation import Observation
 from .pages import PageStore
 from .policies.settings import HOST, EvictionConfig
 from .positions import Positions
 from .queries import QueryStatistics
+from .sealing_error import SealingMonitor
+from .shards import first_head
 from .tiers import Tail
 from .window import ExactWindow, Parts
 
@@ -46,7 +49,7 @@ class LayerStorage:
         values: torch.Tensor,
         sliding_window: int | None,
         index: int,
-        monitor: Monitor | None,
+        monitor: SealingMonitor | None,
         context: CodecContext | None = None,
         sharing: Sharing | None = None,
     ):
@@ -60,20 +63,23 @@ class LayerStorage:
         room = config.residual_length + config.tokens_per_page  # what comes on top is sealed before it is stored
         codecs = self.make_codecs()
         evicts = config.eviction is not None and (sliding_window is None or config.sliding == "evict")
-        self.evictor = Evictor(config, index, batch, heads, sliding_window) if evicts else None
+        first = first_head(self.context.heads or heads, heads)
+        self.evictor = Evictor(config, index, batch, heads, sliding_window, first) if evicts else None
         mass = self.evictor is not None and self.evictor.wants_mass
         self.window = ExactWindow(batch, heads, key_dim, values.shape[-1], sinks, room, self.dtype, self.device, mass)
         self.pages: PageStore | LanePages
         self.tail: Tail | None = None
+        self.copies: ExactCopies | None = None  # of what is in the tail
         if self.evictor is not None:
             self.pages = LanePages(*codecs, batch, heads, self.device, mass, self.first_position)
             self.tail = self._tail(self.evictor.settings, batch, heads)
+            self.copies = self.make_copies(self.pages)
         else:
             segment = max(SLIDING_SEGMENT, config.tokens_per_page) if sliding_window is not None else None
             made = *codecs, batch, heads, self.device, segment, sinks
             self.pages = PageStore(*made)
             if sharing is not None:
-                self.pages = ClusteredPages(*made, sharing, index, self.first_position)
+                self.pages = ClusteredPages(sharing, index, self.first_position, *made)
         self.positions = Positions(batch)
         self.queries = QueryStatistics(batch, heads, codecs[0].wants_query_moment)
 
@@ -87,6 +93,16 @@ class LayerStorage:
             host, pages = name == HOST, settings.fetch_pages
             tail = Tail(*codecs, batch, heads, self.device, mass, host, pages, self.first_position, tail)
         return tail
+
+    def make_copies(self, pages: LanePages) -> ExactCopies | None:
+        """Room for copies of what leaves the first level, if there is to be any."""
+        assert self.evictor is not None
+        limit = self.evictor.settings.keep_exact
+        if limit == "auto":
+            limit = 0 if self.device.type == "cpu" else AUTO_BYTES
+        if not limit or not self.config.token_wise or self.tail is None or self.tail.host:  # its codes are not touched
+            return None
+        return ExactCopies(pages.codecs, pages.batch, pages.heads, int(limit), pages.track_mass, self.first_position)
 
     def make_codecs(self) -> tuple[Codec, Codec]:
         """Codecs of keys and values, as the settings have them."""
@@ -102,6 +118,22 @@ class LayerStorage:
     @property
     def batch(self) -> int:
         return self.positions.batch
+
+    @property
+    def wants_queries(self) -> bool:
+        """Sealing asks for the queries of the pass."""
+        asks = isinstance(self.pages, ClusteredPages) and self.pages.clusters.settings.importance
+        return asks or self.pages.codecs["key"].wants_queries
+
+    def observe_queries(
+        self, queries: Sequence[torch.Tensor], scaling: float, kept: Sequence[torch.Tensor] | None
+    ) -> None:
+        """Show whoever seals the queries `[B, Hq, q, D]` of the layers that read this pass's keys."""
+        if self.pages.codecs["key"].wants_queries:
+            for own in queries:
+                self.queries.observe(own, kept)
+        if queries and isinstance(self.pages, ClusteredPages):
+            self.pages.newest = newest_queries(queries[0], scaling, kept)
 
     @property
     def ragged(self) -> bool:
@@ -131,7 +163,7 @@ class LayerStorage:
             chunk += (self._add_mass(observed, keys),)
         self.positions.append(start, kept, length)
         alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for row in range(self.batch):
+        for row in self._append_one(chunk) if length == 1 and kept is None and self.batch > 1 else range(self.batch):
             new = length if kept is None else len(kept[row])
             if new:
                 state = (self.window.sinks[row], *self.pages.state(row), self.window.recent[row], new)
@@ -148,10 +180,23 @@ class LayerStorage:
             own = (part.transpose(1, 2)[index, picked].transpose(1, 2).contiguous() for part in chunk)
             self._append_rows(rows, tuple(own), record)
         self.queries.newest = None  # they were of this pass only
+        if isinstance(self.pages, ClusteredPages):
+            self.pages.newest = None
         if self.evictor is not None:
             self.evictor.evict(self)
         elif not record:
             self.drop_expired()
+
+    def _append_one(self, chunk: Parts) -> list[int]:
+        """Append a token to all rows at once that only have to write it down; gives those that have more to do."""
+        window, most = self.window, self.config.residual_length + self.pages.page_size - 1
+        if isinstance(self.pages, ClusteredPages):
+            return list(range(self.batch))
+        ready = [s == window.sink_length and r < most for s, r in zip(window.sinks, window.recent, strict=True)]
+        rows = [row for row, own in enumerate(ready) if own]
+        if rows:
+            window.append_one(rows, chunk)
+        return [row for row, own in enumerate(ready) if not own]
 
     def _add_mass(self, observed: Observation | None, keys: torch.Tensor) -> torch.Tensor:
         """Credit stored tokens with what they received; returns the new tokens' own `[B, H, q, 1]`."""
@@ -284,8 +329,9 @@ class LayerStorage:
         self.queries.map_rows(rows.tolist())
         if self.evictor is not None:
             self.evictor.map_rows(rows.tolist())
-        if self.tail is not None:
-            self.tail.map_rows(rows)
+        for other in (self.tail, self.copies):
+            if other is not None:
+                other.map_rows(rows)
 
     def tokens_stored(self) -> list[int]:
         """Tokens of each row that queries to come can see, on average over heads."""
@@ -301,8 +347,9 @@ class LayerStorage:
         """Every tensor held."""
         yield from self.window.parts
         yield from self.pages.tensors()
-        if self.tail is not None:
-            yield from self.tail.tensors()
+        for other in (self.tail, self.copies):
+            if other is not None:
+                yield from other.tensors()
         if self.evictor is not None:
             yield from self.evictor.tensors()
         yield from (t for t in (self.positions.table, self.queries.sums) if t is not None)

@@ -18,13 +18,16 @@ import torch
 from transformers import DynamicCache
 
 from .cache import CompressedCache
+from .calibration import Calibration
 from .config import CacheConfig, LayerConfig, expect
 from .enable import enable
 from .planner import Plan, describe
+from .plans import calibration_setting
 from .scoring import Score, score, tokenize
 from .shapes import LayerShape, layer_shapes
 
 CANDIDATES = ("int8", "eqrot4", "eqrot3", "eqrot2")
+CALIBRATED = ("int8", "eqrot4", "eqrot3", "pca2")  # with a calibration; values of `pca2` are those of `eqrot2`
 EXACT = "identity"
 FURTHER_STEPS = 6  # tried behind the end of the path
 OnMeasured = Callable[[int, int, str], None]
@@ -65,8 +68,11 @@ class Tuned:
         return self.plan.nbytes
 
     def cache_settings(self) -> dict[str, Any]:
-        """Keyword arguments of `CompressedCache(config, **settings)`; also what `save` writes."""
-        return self.settings.to_dict()
+        """Keyword arguments of `CompressedCache(config, **settings)`; also what `save` writes.
+
+        A calibration in memory is not among them: the cache wants it beside them.
+        """
+        return self.settings.to_dict() | calibration_setting(self.settings, self.plan.calibration)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: settings, what they cost and what was measured on the way."""
@@ -86,7 +92,8 @@ def tune(
     texts: str | torch.Tensor | Iterable[str | torch.Tensor],
     target_kl: float,
     *,
-    candidates: Sequence[str] = CANDIDATES,
+    candidates: Sequence[str] | None = None,
+    calibration: str | Path | Calibration | None = None,
     tokenizer: Any = None,
     prompt_tokens: int = 1024,
     score_tokens: int = 256,
@@ -102,7 +109,8 @@ def tune(
         model: a causal language model; float32 measures small divergences best.
         texts: strings (then give `tokenizer`) or tensors of token ids `[1, T]`.
         target_kl: mean KL divergence of the next token, in nats; `preset="balanced"` costs about .003.
-        candidates: codecs to choose from, mildest first.
+        candidates: codecs to choose from, mildest first; None takes `CANDIDATES`, or `CALIBRATED` with a calibration.
+        calibration: of the model, for the candidates that need one; made of other texts than these.
         prompt_tokens, score_tokens: of each text, the tokens before those that are scored, and those.
         step: tokens of a scored forward.
         layers_at_once: neighbouring layers of one kind that share their codecs; more is coarser and faster.
@@ -114,18 +122,24 @@ def tune(
     """
     if not target_kl > 0:
         raise expect("target_kl", "a number above 0", target_kl)
+    if calibration is not None:
+        calibration = Calibration.open(calibration)
+    if candidates is None:
+        candidates = CANDIDATES if calibration is None else CALIBRATED
     if not candidates:
         raise expect("candidates", "codec names, mildest first", candidates)
     for name in candidates:
         LayerConfig(keys=name, values=name)
+        CompressedCache(model.config, codec=name, calibration=calibration)  # tells what a codec lacks at once
     ids = _token_ids(texts, tokenizer, prompt_tokens + score_tokens, model.device)
     shapes = layer_shapes(model.config)
     units = _units(shapes, layers_at_once)
-    search = _Search(model, ids, prompt_tokens, step, tuple(candidates), units, target_kl, on_measured)
+    search = _Search(model, ids, prompt_tokens, step, tuple(candidates), units, target_kl, on_measured, calibration)
 
     def sized(levels: Sequence[int]) -> Plan:
         settings = search.settings(levels)
-        return describe(shapes, settings, context=context or prompt_tokens + score_tokens, dtype=model.dtype)
+        found = describe(shapes, settings, context=context or prompt_tokens + score_tokens, dtype=model.dtype)
+        return found if calibration is None else replace(found, calibration=calibration.path)
 
     costs = search.costs()
     path = _path(units, costs, lambda levels: sized(levels).nbytes)
@@ -154,6 +168,7 @@ class _Search:
     units: list[Unit]
     target_kl: float
     on_measured: OnMeasured | None
+    calibration: Calibration | None = None
     measurements: int = 0
     expected: int = 0
 
@@ -185,7 +200,7 @@ class _Search:
         config = self.model.config
         with enable(self.model):
             scores = [
-                self._score(ids, lambda: CompressedCache(config, **settings), reference)
+                self._score(ids, lambda: CompressedCache(config, **settings, calibration=self.calibration), reference)
                 for ids, reference in zip(self.ids, self.references, strict=True)
             ]
         self._tell(label)

@@ -80,6 +80,17 @@ class ExactWindow:
         for row in rows:
             self.recent[row] += number
 
+    def append_one(self, rows: Sequence[int], tokens: Parts) -> None:
+        """Write a new token `[B, H, 1, ...]` behind the recent ones of rows that may hold unequally many."""
+        slots = [self.sink_length + self.recent[row] for row in rows]
+        self._reserve(max(slots) + 1)
+        device = self.keys.device
+        index, where = torch.tensor(rows, device=device), torch.tensor(slots, device=device)
+        for part, new in zip(self.parts, tokens, strict=True):
+            part[index, :, where] = new[index, :, 0]
+        for row in rows:
+            self.recent[row] += 1
+
     def replace(self, rows: Sequence[int], tokens: Parts) -> None:
         """Make these the recent tokens of the rows (they may be views of what is there now)."""
         tokens = tuple(part.clone() for part in tokens)

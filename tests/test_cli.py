@@ -13,7 +13,7 @@ from hf_kvcompress.integrations import demo_model as demo_module
 
 from .tiny_model import save_tiny, tiny_llama
 
-SMALL = ["--prompt-tokens", "400", "--score-tokens", "40", "--new-tokens", "16"]
+SMALL = ["--prompt-tokens", "400", "--score-tokens", "40", "--max-tokens", "16"]
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +27,15 @@ def run(*arguments):
 
 def test_demo_measures_every_cache(tiny, tmp_path):
     file = tmp_path / "result.json"
-    names = "near-lossless,balanced,small,tiny,int8/int4"
-    result = run("demo", "--model", tiny, "--caches", names, "--json", str(file), "--markdown", *SMALL)
+    names = ["near-lossless", "balanced", "small", "tiny", "int8/int4"]
+    caches = [word for name in names for word in ("--cache", name)]
+    result = run("demo", "--model", tiny, *caches, "--json", str(file), "--markdown", *SMALL)
     assert result.exit_code == 0, result.output
-    for name in ("uncompressed", *names.split(",")):
+    for name in ("uncompressed", *names):
         assert result.output.count(name) >= 2, "once in the table, once in Markdown"
     report = json.loads(file.read_text())
     rows = {row["name"]: row for row in report["rows"]}
-    assert list(rows) == ["uncompressed", *names.split(",")]
+    assert list(rows) == ["uncompressed", *names]
     base = rows["uncompressed"]
     # 400 prompt tokens, 17 of the question, 15 decoded; 2 layers, 2 heads of 16, keys and values, float32
     assert base["nbytes"] == (400 + 17 + 15) * 2 * 2 * 16 * 2 * 4
@@ -50,7 +51,7 @@ def test_demo_measures_every_cache(tiny, tmp_path):
 
 def test_demo_is_repeatable(tiny, tmp_path):
     def rows(file):
-        result = run("demo", "--model", tiny, "--caches", "balanced", "--json", str(tmp_path / file), *SMALL)
+        result = run("demo", "--model", tiny, "--cache", "balanced", "--json", str(tmp_path / file), *SMALL)
         assert result.exit_code == 0, result.output
         return [
             {name: value for name, value in row.items() if not name.endswith("per_second")}
@@ -63,7 +64,7 @@ def test_demo_is_repeatable(tiny, tmp_path):
 def test_demo_reads_a_text_of_the_user(tiny, tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("All work and no play makes for a dull text. " * 20)
-    assert run("demo", "--model", tiny, "--text", str(file), "--caches", "balanced", *SMALL).exit_code == 0
+    assert run("demo", "--model", tiny, "--text", str(file), "--cache", "balanced", *SMALL).exit_code == 0
     file.write_text("Short.")
     result = run("demo", "--model", tiny, "--text", str(file), *SMALL)
     assert result.exit_code == 2
@@ -73,8 +74,8 @@ def test_demo_reads_a_text_of_the_user(tiny, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--caches", "enormous"], "got 'enormous'"),
-        (["--caches", "int8/int8/int8"], "expected one codec, or KEYS/VALUES"),
+        (["--cache", "enormous"], "got 'enormous'"),
+        (["--cache", "int8/int8/int8"], "expected one codec, or KEYS/VALUES"),
         (["--dtype", "int8"], "dtype: expected auto, bfloat16, float16, float32, got 'int8'"),
         (["--score-dtype", "half"], "score-dtype: expected auto, same or float32, got 'half'"),
         (["--prompt-tokens", "2040"], "expected at most 2048 for this model, got 2080"),
@@ -105,7 +106,7 @@ def test_a_cache_that_cannot_run_is_a_row_with_the_reason(tiny, monkeypatch):
         raise contenders.Unavailable("needs a compiler")
 
     monkeypatch.setattr(specs, "_quanto", unavailable)
-    result = run("demo", "--model", tiny, "--caches", "quanto4", *SMALL)
+    result = run("demo", "--model", tiny, "--cache", "quanto4", *SMALL)
     assert result.exit_code == 0, result.output
     assert "n/a" in result.output and "quanto4: needs a compiler" in result.output
 

@@ -3,8 +3,15 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from hf_kvcompress import calibrating
+from hf_kvcompress.calibrating import calibration_of_keys
+from hf_kvcompress.calibration import Calibration
 from hf_kvcompress.integrations import demo_model as module
+from hf_kvcompress.scoring import calibration_texts
+
+from .tiny_model import tiny_llama
 
 
 @pytest.fixture(autouse=True)
@@ -58,3 +65,18 @@ def test_demo_model_refuses_a_tokenizer_that_lost_its_merges():
     with pytest.raises(ImportError, match="transformers 5.23 or newer"):
         module._check_tokenizer(lambda text: {"input_ids": list(range(len(text)))})
     module._check_tokenizer(lambda text: {"input_ids": text.split()})
+
+
+def test_the_demo_model_is_calibrated_once(monkeypatch):
+    config = tiny_llama().config
+    made, seen = calibration_of_keys(config, torch.randn(256, config.head_dim)), []
+
+    def calibrate(model, texts, tokenizer, on_progress=None):
+        seen.append(texts)
+        return made
+
+    monkeypatch.setattr(calibrating, "calibrate", calibrate)
+    file = module.demo_calibration("model", "tokenizer")
+    assert module.demo_calibration("model", "tokenizer") == file and seen == [calibration_texts()]
+    assert Calibration.open(file).fingerprint == made.fingerprint
+    assert list(file.parent.iterdir()) == [file], "nothing half written is left"

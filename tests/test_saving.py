@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load, save
 
 import hf_kvcompress as kvc
-from hf_kvcompress import blocks, snapshots, tiers
+from hf_kvcompress import blocks, host_tier, snapshots
 from hf_kvcompress.codecs.eqrot import EqRotCodec
 from hf_kvcompress.layer import CompressedLayer
 
@@ -23,7 +23,7 @@ from .conformance.prompts import text_ids
 from .conformance.state import DIM, FULL, SLIDING, decoded, equal, feed, feed_in_parts, random_pairs
 from .tiny_model import tiny_llama
 
-KINDS = [f for f in LOSSY if f.name in ("int4", "kivi2", "eqrot3", "layer-override")] + [
+KINDS = [f for f in LOSSY if f.name in ("int4", "kivi2", "eqrot3", "layer-override", "CPACCache")] + [
     f for f in EVICTING if not f.name.startswith(("tova", "rkv")) or f.name.endswith("eqrot4")
 ]
 LENGTH = 90
@@ -223,4 +223,4 @@ def test_every_attribute_has_its_place(factory: Factory) -> None:
             else:
                 plain = (dict, int, float, str, torch.Tensor, type(None), snapshots.Slab)
                 assert isinstance(item, plain), type(item).__name__
-    assert isinstance(layer, CompressedLayer) and {blocks.Block, tiers.HostBlock} <= set(snapshots.HELD)
+    assert isinstance(layer, CompressedLayer) and {blocks.Block, host_tier.HostBlock} <= set(snapshots.HELD)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ import hf_kvcompress as kvc
 from hf_kvcompress import cli
 from hf_kvcompress.calibrating import _levels
 from hf_kvcompress.calibration import Calibration, share_bits
+from hf_kvcompress.codecs.channel_bits import bytes_of, part_table
 from hf_kvcompress.codecs.registry import make_codec
-from hf_kvcompress.codecs.transform import bytes_of
+from hf_kvcompress.ops import native
 
 from .calibrated import Words, calibration_for, calibration_of, context_for, text_for
 from .conformance.factories import SMALL, TIGHT
@@ -50,15 +52,34 @@ def test_a_file_holds_what_was_learned(calibration, file):
     assert read.config == calibration.config
     for layer, own in calibration.layers.items():
         for part, tensor in own.items():
-            torch.testing.assert_close(read.layers[layer][part].float(), tensor, rtol=2e-3, atol=1e-4)
-    assert read.nbytes < file.stat().st_size
-    assert copy.deepcopy(read) is read
+            assert torch.equal(read.layers[layer][part], tensor)
+    assert read.nbytes == calibration.nbytes < file.stat().st_size
+    assert copy.deepcopy(read) is read and pickle.loads(pickle.dumps(read)).fingerprint == read.fingerprint
+
+
+def test_a_fingerprint_is_of_every_number_and_of_what_it_is_for(calibration, file):
+    assert Calibration.open(file).fingerprint == calibration.fingerprint
+    layers = {layer: dict(own) for layer, own in calibration.layers.items()}
+    layers[2]["mean"] = layers[2]["mean"].clone()
+    layers[2]["mean"][0, 0] += 0.25
+    other = replace(calibration.config, rotated=True)
+    changed = Calibration(calibration.config, layers), Calibration(other, calibration.layers)
+    assert len({calibration.fingerprint, *(one.fingerprint for one in changed)}) == 3
+
+
+def test_a_file_is_read_once_and_anew_when_it_changes(calibration, file):
+    read = Calibration.open(file)
+    assert Calibration.open(str(file)) is read and read.path == str(file)
+    layers = {layer: {**own, "mean": own["mean"] + 1} for layer, own in calibration.layers.items()}
+    other = Calibration(calibration.config, layers)
+    other.save(file)
+    assert Calibration.open(file).fingerprint == other.fingerprint != read.fingerprint
 
 
 def test_the_basis_has_an_inverse(calibration):
     for own in calibration.layers.values():
-        product = own["to"] @ own["back"]
-        torch.testing.assert_close(product, torch.eye(product.shape[-1]).expand_as(product), atol=1e-4, rtol=0)
+        product = own["to"].double() @ own["back"].double()
+        torch.testing.assert_close(product, torch.eye(product.shape[-1]).double().expand_as(product), atol=4e-3, rtol=0)
         assert (own["loss"].diff(dim=-1) <= 1e-3).all()  # more bits, less loss
 
 
@@ -186,16 +207,45 @@ def test_bytes_of_a_token(dim, nbits):
     assert error < 1.15 * 0.36 ** (nbits - 0.5 if nbits < 2 else nbits / 1.3)
 
 
-def test_scores_are_those_of_the_decoded_keys(model, calibration):
-    cache = kvc.TransformCache(model.config, calibration=calibration, **SMALL)
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "cohere2", "phi3", "gpt_oss", "gemma3"])
+def test_scores_are_those_of_the_decoded_keys(name, half, monkeypatch):
+    """Partners in halves and side by side, channels that do not turn, yarn's factor, positions far from 0."""
+    model = BY_NAME[name].model
+    cache = kvc.TransformCache(model.config, calibration=calibration_for(model.config), **SMALL)
     with kvc.enable(model), torch.no_grad():
         model(text_ids(1, 60), past_key_values=cache)
-    storage = cache.layers[1].storage
-    codec, slab = storage.pages.codecs["key"], storage.pages.slabs[0]
-    packed = storage.pages.packed("key", slab)
-    assert codec.wants_positions and packed["at"][0] == SMALL["sink_length"]
-    q = torch.randn(1, 2, 3, 8)
-    torch.testing.assert_close(codec.scores(q, packed), q @ codec.decode(packed).flatten(2, 3).mT)
+    turning = [x.storage.pages for x in cache.packed_layers() if x.storage.pages.codecs["key"].wants_positions]
+    for pages in turning:
+        codec, slab = pages.codecs["key"], pages.slabs[0]
+        monkeypatch.setattr(codec, "compute_dtype", torch.bfloat16 if half else torch.float32)
+        packed = pages.packed("key", slab)
+        assert packed["at"][0] == pages.first + slab.start
+        packed["at"] = packed["at"] + 1000
+        q = torch.randn(1, 2 * pages.heads, 3, codec.dim)[:, : pages.heads]
+        expected = q @ codec.decode(packed).flatten(2, 3).mT
+        close = {"rtol": 0, "atol": 0.02 * float(expected.abs().max())} if half else {"rtol": 1e-4, "atol": 1e-4}
+        torch.testing.assert_close(codec.scores(q, packed), expected, **close)
+        apart = {**packed, "at": packed["at"].expand(1, pages.heads, 1, -1)}  # as in a layer that evicts
+        torch.testing.assert_close(codec.scores(q, apart), expected, rtol=1e-4, atol=1e-4)
+    assert turning
+
+
+@pytest.mark.parametrize("nbits", [4, 2.5, 1.125])
+def test_the_library_reads_what_torch_reads(nbits):
+    if native.library() is None:
+        pytest.skip(native.why_not())
+    codec = make_codec(f"pca{nbits:g}", "key", 24, page_size=8, context=context_for("pca2", "key", 24))
+    x = torch.randn(1, 3, 1, 200, 24, generator=torch.Generator().manual_seed(1))
+    segment = codec.begin_segment(x)
+    packed = {**codec.encode(x, segment), **segment}
+    frame = codec._frame(x.device)
+    levels, parts = frame.levels.bfloat16(), part_table(frame.bits)
+    for _, _, numbers, heads, _ in codec._numbers(packed):
+        for head, expected in zip(heads.tolist(), numbers, strict=True):
+            codes, out = packed["codes"][0, head, 0], torch.empty(130, len(expected), dtype=torch.bfloat16)
+            native.channel_numbers(codes[:, 70:], parts, levels[head], out)
+            assert torch.equal(out, expected.mT[70:].bfloat16())
 
 
 # -- in use ------------------------------------------------------------------------------------------------------------
@@ -248,9 +298,13 @@ def test_copies_and_pickles(model, calibration, file):
 
 def test_the_calibration_is_not_the_cache_s(model, calibration):
     ids = torch.randint(3, 90, (1, 60), generator=torch.Generator().manual_seed(7))
-    cache, dense = kvc.TransformCache(model.config, calibration=calibration, **SMALL), DynamicCache(config=model.config)
+    own = {"calibration": calibration, "values": "identity", **SMALL}
+    cache, dense = kvc.TransformCache(model.config, **own), DynamicCache(config=model.config)
     with kvc.enable(model), torch.no_grad():
         model(ids, past_key_values=cache)
         model(ids, past_key_values=dense)
+        before = cache.nbytes
+        model(ids[:, :1], past_key_values=cache)
+    assert cache.nbytes == before, "what reading prepares belongs to the calibration"
     held = sum(t.untyped_storage().nbytes() for layer in cache.layers for t in layer.storage.tensors())
     assert cache.nbytes == held

@@ -94,7 +94,7 @@ def test_a_bad_argument_is_named(model, texts, changes, message):
 def test_the_command_writes_settings(tmp_path):
     folder, out, report = str(save_tiny(tmp_path / "tiny")), tmp_path / "settings.json", tmp_path / "report.json"
     (tmp_path / "text.txt").write_text(standard_text()[:2000])
-    arguments = ["--model", folder, "--text", str(tmp_path / "text.txt"), "--out", str(out), "--report", str(report)]
+    arguments = ["--model", folder, "--text", str(tmp_path / "text.txt"), "--output", str(out), "--json", str(report)]
     lengths = ["--prompt-tokens", "128", "--score-tokens", "40", "--candidates", "int8,eqrot3"]
     result = CliRunner().invoke(cli.build(), ["tune", "--target-kl", "0.05", *arguments, *lengths])
     assert result.exit_code == 0, result.output

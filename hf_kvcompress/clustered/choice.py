@@ -11,8 +11,8 @@ import torch
 from ..codecs.base import Packed
 from .duplicates import find_duplicates
 from .frozen import SharedSlab
-from .pool import Members, encode_page, narrow
-from .residual import member_bytes, plain_bytes
+from .pool import Members, narrow
+from .residual import encode_page, member_bytes, plain_bytes
 from .search import Choice, Pass, measure, proposals
 
 if TYPE_CHECKING:
@@ -117,7 +117,8 @@ def _overhead(store: ClusteredPages, place: int) -> float:
     if isinstance(slab, SharedSlab):
         return 0.0
     pages = slab.capacity // store.page_size
-    return 2.0 * len(store.counts) * store.heads * (pages * PAGE_BYTES + 4)
+    a_page = PAGE_BYTES + (2 if store.codecs["key"].wants_positions else 0)
+    return 2.0 * len(store.counts) * store.heads * (pages * a_page + 4)
 
 
 # -- storing -----------------------------------------------------------------------------------------------------------

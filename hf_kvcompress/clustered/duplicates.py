@@ -63,8 +63,8 @@ def _alike(
     """Whether what the twins decode to is these pages indeed, not a clash of hashes."""
     slab, page = store.slabs[number], store.page_size
     inside = low - slab.start
-    tile = store.decode(role, slab, min(slab.capacity, max(store.counts) - slab.start))
-    held = tile[:, :, inside:].unflatten(2, (-1, page))
+    tile = store.decode_from(role, slab, inside, min(slab.capacity, max(store.counts) - slab.start))
+    held = tile.unflatten(2, (-1, page))
     row, head, j = at.to(store.device).unbind(1)
     which = torch.tensor([run.rows.index(r) for r in at[:, 0].tolist()], device=store.device)
     exact = run.exact[role][:, :, low - run.start :].unflatten(2, (-1, page))[which, head, j].float()

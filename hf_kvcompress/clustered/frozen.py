@@ -19,9 +19,15 @@ class SharedSlab:
 
     @classmethod
     def of(
-        cls, slab: Slab, codecs: Mapping[str, Codec], page: int, filled: Sequence[int], moves: Mapping[str, Move | None]
+        cls,
+        slab: Slab,
+        codecs: Mapping[str, Codec],
+        page: int,
+        filled: Sequence[int],
+        moves: Mapping[str, Move | None],
+        before: int = 0,
     ) -> SharedSlab:
-        """What a plain slab holds; `filled` are the tokens of each row in it."""
+        """What a plain slab holds; `filled` are the tokens of each row in it, `before` those that stand before all."""
         pools = {}
         for role, codec in codecs.items():
             packed = slab.packed(role)
@@ -29,7 +35,7 @@ class SharedSlab:
             device = next(iter(packed.values())).device
             statistics = {name: packed[name] for name in codec.statistics}
             shape = (batch, heads, slab.capacity // page)
-            pool = pools[role] = Pool(codec, page, statistics, shape, device, moves[role])
+            pool = pools[role] = Pool(codec, page, statistics, shape, device, moves[role], before + slab.start)
             entries = entries_of(codec, packed, page)
             for tokens in sorted(set(filled) - {0}):
                 rows = [row for row, own in enumerate(filled) if own == tokens]
@@ -60,11 +66,15 @@ class SharedSlab:
     def nbytes(self) -> int:
         return sum(t.nbytes for pool in self.pools.values() for t in pool.tensors())
 
-    def decode(self, role: str, slabs: Sequence[object], tokens: int) -> torch.Tensor:
-        """The first `tokens` tokens, `[B, H, tokens, D]` float32; slabs are the store's, this one among them."""
+    def decode(self, role: str, slabs: Sequence[object], tokens: int, start: int = 0) -> torch.Tensor:
+        """Tokens `start .. tokens`, `[B, H, n, D]` float32, `start` being the first of a page.
+
+        slabs are the store's, this one among them.
+        """
         own = next(index for index, slab in enumerate(slabs) if slab is self)
         pools = [slab.pools[role] if isinstance(slab, SharedSlab) else self.pools[role] for slab in slabs]
-        return self.pools[role].decode(pools, own, -(-tokens // self.pools[role].page))[:, :, :tokens]
+        page = self.pools[role].page
+        return self.pools[role].decode(pools, own, start // page, -(-tokens // page))[:, :, : tokens - start]
 
 
 def collect(slabs: Sequence[Slab | SharedSlab], roles: Sequence[str]) -> None:

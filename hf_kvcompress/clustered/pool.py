@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 import torch
 
 from ..codecs.base import Codec, Packed
-from ..ops.hadamard import inverse_rotate, rotate
-from .residual import decode_residual, encode_residual
+from .residual import decode_page, into_basis
 
-_INDEX_BITS = 20
-_INDEX = (1 << _INDEX_BITS) - 1
+INDEX_BITS = 20
+INDEX = (1 << INDEX_BITS) - 1
 EMPTY = -1
 _SAME = 4096  # pages of a slab of which all pairs are looked at
 Move = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # pages `[M, n, D]` and how far `[M]` they are moved
@@ -53,28 +52,6 @@ def narrow(numbers: torch.Tensor) -> torch.Tensor:
     return numbers.to(torch.int16 if fits else torch.int32)
 
 
-def into_basis(x: torch.Tensor, spread: torch.Tensor | None) -> torch.Tensor:
-    """Pages `[m, n, D]` in the basis that residuals are coded in."""
-    return rotate(x if spread is None else x / spread)
-
-
-def encode_page(
-    x: torch.Tensor, span: torch.Tensor, spread: torch.Tensor | None, nbits: int
-) -> tuple[Packed, torch.Tensor]:
-    """Code pages against spans that stand where the pages do, both `[m, n, D]`; also what they will be read as."""
-    if nbits == 0:
-        return {}, span
-    base = into_basis(span, spread)
-    packed = encode_residual(into_basis(x, spread), base, nbits)
-    return packed, decode_page(packed, base, spread, nbits)
-
-
-def decode_page(packed: Packed, base: torch.Tensor, spread: torch.Tensor | None, nbits: int) -> torch.Tensor:
-    """Pages `[m, n, D]`, from their spans in the basis of the residuals."""
-    x = inverse_rotate(decode_residual(packed, base, nbits))
-    return x if spread is None else x * spread
-
-
 def entries_of(codec: Codec, packed: Packed, page: int) -> Packed:
     """The fields of tokens of a slab, `[B, H, 1, ...]`, page by page: `[B, H, P, ...]`."""
     found = {}
@@ -98,6 +75,7 @@ class Pool:
         statistics: its fields of a whole segment, `[B, H, 1, ...]`.
         shape: B, H and the pages of the slab.
         move: turns keys to where they are read; None where nothing is to be turned.
+        first: where the slab's first token stands in its row, for a codec that asks.
     """
 
     def __init__(
@@ -108,14 +86,17 @@ class Pool:
         shape: tuple[int, int, int],
         device: torch.device,
         move: Move | None,
+        first: int = 0,
     ):
         batch, heads, pages = shape
-        self.codec, self.page, self.move, self.device = codec, page, move, device
+        self.codec, self.page, self.move, self.device, self.first = codec, page, move, device, first
         self.statistics = {name: t.flatten(0, 2).clone() for name, t in statistics.items()}
         self.owners = narrow(torch.arange(batch * heads, device=device)).view(batch, heads)
         self.table = torch.full((batch, heads, pages), EMPTY, dtype=torch.int32, device=device)
         self.plain: Packed = {}
         self.plain_statistics = torch.empty(0, dtype=torch.int16, device=device)
+        #: page number of each plain page, for a codec that asks for positions
+        self.plain_pages = torch.empty(0, dtype=torch.int16, device=device) if codec.wants_positions else None
         self.groups: list[Members] = []
 
     # -- writing -------------------------------------------------------------------------------------------------------
@@ -141,6 +122,9 @@ class Pool:
             self.plain[name] = torch.cat([self.plain[name], new]) if name in self.plain else new.clone()
         owners = self.owners[rows][:, :, None].expand(shape).flatten()
         self.plain_statistics = narrow(torch.cat([self.plain_statistics.long(), owners.long()]))
+        if self.plain_pages is not None:
+            numbers = torch.arange(first, first + shape[2], device=self.device).expand(shape).flatten()
+            self.plain_pages = narrow(torch.cat([self.plain_pages.long(), numbers]))
         codes = torch.arange(held, held + shape.numel(), device=self.device, dtype=torch.int32)
         self.table[rows, :, first : first + shape[2]] = codes.view(shape)
 
@@ -159,7 +143,7 @@ class Pool:
             number, held = len(self.groups), 0
             self.groups.append(new)
         codes = torch.arange(held, held + len(new.shift), device=self.device, dtype=torch.int32)
-        self.table[tuple(at.unbind(1))] = codes + ((number + 1) << _INDEX_BITS)
+        self.table[tuple(at.unbind(1))] = codes + ((number + 1) << INDEX_BITS)
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -173,22 +157,58 @@ class Pool:
         """Plain pages `[k, page, D]` float32."""
         which = self.plain_statistics[index].long()
         statistics = {name: t[which] for name, t in self.statistics.items()}
+        if self.plain_pages is not None:
+            statistics["at"] = self.places(index)
         return self.codec.decode({**{name: t[index] for name, t in self.plain.items()}, **statistics})
 
-    def decode(self, pools: Sequence[Pool], own: int, pages: int) -> torch.Tensor:
-        """The first pages of all rows and heads, `[B, H, pages * page, D]` float32; pools are those of all slabs."""
-        plain = self.decode_plain() if self.plain else torch.empty(0, self.page, self.codec.dim, device=self.device)
-        parts = [plain]
-        for group in self.groups:
-            bases = pools[own - group.back]
-            parts.append(self._decode_members(group, bases, plain if bases is self else None))
-        parts.append(torch.zeros(1, self.page, self.codec.dim, device=self.device))
-        sizes = [len(self.plain_statistics), *(len(group.shift) for group in self.groups)]
-        offsets = torch.tensor([sum(sizes[:i]) for i in range(len(sizes))], device=self.device)
-        table = self.table[:, :, :pages].long()
-        flat = offsets[table.clamp(min=0) >> _INDEX_BITS] + (table & _INDEX)
-        flat = torch.where(table < 0, sum(sizes), flat)
-        return torch.cat(parts)[flat].flatten(2, 3)
+    def places(self, index: torch.Tensor | slice) -> torch.Tensor:
+        """Where the tokens of plain pages stand in their rows, `[k, page]`, for a codec that asks."""
+        assert self.plain_pages is not None
+        begins = self.first + self.plain_pages[index].long() * self.page
+        return begins[:, None] + torch.arange(self.page, device=self.device)
+
+    def decode(self, pools: Sequence[Pool], own: int, first: int, last: int) -> torch.Tensor:
+        """Pages `first .. last` of all rows and heads, `[B, H, pages * page, D]` float32; pools are of all slabs.
+
+        From the first page on nothing waits for the device; from a later one only entries that are read are decoded.
+        """
+        table = self.table[:, :, first:last].long()
+        kinds = (table >> INDEX_BITS).masked_fill(table < 0, EMPTY)
+        decoded: dict[int, torch.Tensor] = {}  # the bases of groups, by how far back they are: each slab's once
+        parts, places, size = [], torch.zeros_like(table), 0
+        for kind in range(len(self.groups) + 1):
+            inside, place, used = kinds == kind, table & INDEX, None
+            if first:
+                used, numbers = place[inside].unique(return_inverse=True)
+                place = place.masked_scatter(inside, numbers)
+            places = torch.where(inside, place + size, places)
+            parts.append(self._entries(kind, pools, own, used, decoded))
+            size += len(parts[-1])
+        nothing = torch.zeros(1, self.page, self.codec.dim, device=self.device)
+        return torch.cat([*parts, nothing])[torch.where(table < 0, size, places)].flatten(2, 3)
+
+    def _entries(
+        self,
+        kind: int,
+        pools: Sequence[Pool],
+        own: int,
+        used: torch.Tensor | None,
+        decoded: dict[int, torch.Tensor],
+    ) -> torch.Tensor:
+        """Entries of a kind, all or those `used`, `[k, page, D]`; bases that are decoded as a whole go to `decoded`."""
+        if kind == 0:
+            if not self.plain or (used is not None and not len(used)):
+                return torch.empty(0, self.page, self.codec.dim, device=self.device)
+            if used is not None:
+                return self.decode_plain(used)
+            decoded[0] = self.decode_plain()
+            return decoded[0]
+        group = self.groups[kind - 1]
+        bases = pools[own - group.back]
+        needed = sum(2 * len(other.shift) for other in self.groups if other.back == group.back)
+        if used is None and group.back not in decoded and needed >= len(bases.plain_statistics):
+            decoded[group.back] = bases.decode_plain()
+        return self._decode_members(group if used is None else group.select(used), bases, decoded.get(group.back))
 
     def _decode_members(self, group: Members, bases: Pool, plain: torch.Tensor | None) -> torch.Tensor:
         span = bases.span(group.base, group.shift, plain)
@@ -200,8 +220,6 @@ class Pool:
     def span(self, base: torch.Tensor, shift: torch.Tensor, plain: torch.Tensor | None = None) -> torch.Tensor:
         """Spans of plain pages, moved `shift` tokens on: `[m, page, D]`; `plain` are all plain pages, if decoded."""
         which = base[:, :2].flatten().long()
-        if plain is None and len(which) >= len(self.plain_statistics):
-            plain = self.decode_plain()
         both = (self.decode_plain(which) if plain is None else plain[which]).unflatten(0, (-1, 2)).flatten(1, 2)
         at = base[:, 2, None].long() + torch.arange(self.page, device=self.device)
         span = both.gather(1, at[..., None].expand(-1, -1, both.shape[2]))
@@ -215,21 +233,21 @@ class Pool:
     def keep_members(self) -> None:
         """Let go of members that no page reads, and of groups that are empty."""
         codes, kept = self.table.flatten(), []
-        table = torch.where(self.table >> _INDEX_BITS == 0, self.table, EMPTY)
+        table = torch.where(self.table >> INDEX_BITS == 0, self.table, EMPTY)
         for number, group in enumerate(self.groups, 1):
-            inside = self.table >> _INDEX_BITS == number
-            used = (codes[inside.flatten()] & _INDEX).long().unique()
+            inside = self.table >> INDEX_BITS == number
+            used = (codes[inside.flatten()] & INDEX).long().unique()
             if not len(used):
                 continue
             kept.append(group if len(used) == len(group.shift) else group.select(used))
-            place = torch.searchsorted(used, (self.table & _INDEX).long().contiguous())
-            table = torch.where(inside, (place + (len(kept) << _INDEX_BITS)).to(torch.int32), table)
+            place = torch.searchsorted(used, (self.table & INDEX).long().contiguous())
+            table = torch.where(inside, (place + (len(kept) << INDEX_BITS)).to(torch.int32), table)
         self.table, self.groups = table, kept
 
     @property
     def is_plain(self) -> torch.Tensor:
         """Pages that read the plain codec's entries, `[B, H, P]`."""
-        return (self.table >= 0) & (self.table <= _INDEX)
+        return (self.table >= 0) & (self.table <= INDEX)
 
     @property
     def is_shared(self) -> torch.Tensor:
@@ -238,9 +256,9 @@ class Pool:
         order = torch.arange(len(flat), device=self.device)
         same = flat[:, None] == flat if len(flat) <= _SAME else None
         if same is None:
-            return self.table > _INDEX
+            return self.table > INDEX
         first = torch.where(same, order, len(flat)).amin(1) == order
-        return (self.table > _INDEX) | ((self.table >= 0) & ~first.view(self.table.shape))
+        return (self.table > INDEX) | ((self.table >= 0) & ~first.view(self.table.shape))
 
     def used_plain(self) -> torch.Tensor:
         """Entries of plain pages that the table reads."""
@@ -253,6 +271,8 @@ class Pool:
             return None
         self.plain = {name: t[used] for name, t in self.plain.items()}
         self.plain_statistics = self.plain_statistics[used]
+        if self.plain_pages is not None:
+            self.plain_pages = self.plain_pages[used]
         new = torch.zeros(max(held, 1), dtype=torch.long, device=self.device)
         new[used] = torch.arange(len(used), device=self.device)
         inside = self.is_plain
@@ -277,5 +297,7 @@ class Pool:
         yield from self.statistics.values()
         yield from self.plain.values()
         yield from (self.owners, self.table, self.plain_statistics)
+        if self.plain_pages is not None:
+            yield self.plain_pages
         for group in self.groups:
             yield from group.tensors()

@@ -13,6 +13,7 @@ import torch
 from ..codecs.base import Codec, Packed
 from ..ops.delta import BITS as DELTA_BITS
 from ..ops.delta import Delta, decode_delta, encode_delta
+from ..ops.hadamard import inverse_rotate, rotate
 from ..ops.numeric import TINY
 from ..ops.packing import pack, padded, unpack
 
@@ -76,3 +77,25 @@ def decode_residual(packed: Packed, base: torch.Tensor, nbits: int) -> torch.Ten
 
 def _scale(top: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     return top.float()[:, None] * torch.exp2(steps * (-1 / _PER_OCTAVE))
+
+
+def into_basis(x: torch.Tensor, spread: torch.Tensor | None) -> torch.Tensor:
+    """Pages `[m, n, D]` in the basis that residuals are coded in."""
+    return rotate(x if spread is None else x / spread)
+
+
+def encode_page(
+    x: torch.Tensor, span: torch.Tensor, spread: torch.Tensor | None, nbits: int
+) -> tuple[Packed, torch.Tensor]:
+    """Code pages against spans that stand where the pages do, both `[m, n, D]`; also what they will be read as."""
+    if nbits == 0:
+        return {}, span
+    base = into_basis(span, spread)
+    packed = encode_residual(into_basis(x, spread), base, nbits)
+    return packed, decode_page(packed, base, spread, nbits)
+
+
+def decode_page(packed: Packed, base: torch.Tensor, spread: torch.Tensor | None, nbits: int) -> torch.Tensor:
+    """Pages `[m, n, D]`, from their spans in the basis of the residuals."""
+    x = inverse_rotate(decode_residual(packed, base, nbits))
+    return x if spread is None else x * spread

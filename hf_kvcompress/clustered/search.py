@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from .frozen import SharedSlab
-from .pool import encode_page
+from .importance import important_pages
 from .repeats import Span
-from .residual import BITS, member_bytes, plain_bytes
-from .settings import IMPORTANT, IMPORTANT_PAGES, NO_MORE
+from .residual import BITS, encode_page, member_bytes, plain_bytes
+from .settings import IMPORTANT, NO_MORE
 
 if TYPE_CHECKING:
     from .store import ClusteredPages
@@ -46,13 +46,18 @@ class Choice:
 
 @dataclass
 class Pass:
-    """What is being sealed: rows, their first token, exact keys and values `[R, H, T, D]`, the queries' mean square."""
+    """What is being sealed: rows, their first token, exact keys and values `[R, H, T, D]`, the queries' mean square.
+
+    queries: the pass's newest ones of each row, `[Hq, n, D]` and scaled, if the attention at work shows them.
+    """
 
     rows: list[int]
     start: int
     tokens: int
     exact: dict[str, torch.Tensor]
     query_ms: torch.Tensor | None
+    queries: list[torch.Tensor] | None = None
+    _important: torch.Tensor | None = None
     _means: dict[str, torch.Tensor] = field(default_factory=dict)
     _similar: list[list[list[int]]] | None = None
 
@@ -63,6 +68,16 @@ class Pass:
             at = torch.arange(self.start, self.start + self.tokens, step, device=store.device)
             self._means[role] = unrotated(store, role, self.exact[role][:, :, ::step].float(), at).mean(2, keepdim=True)
         return self._means[role]
+
+    def important(self, store: ClusteredPages, low: int, tokens: int) -> torch.Tensor:
+        """Which pages of the tokens from number `low` on are important, `[R, H, n]`."""
+        page = store.page_size
+        if self._important is None:
+            self._important = important_pages(self, page)
+            if not store.clusters.settings.importance:
+                self._important = torch.zeros_like(self._important)
+        first = (low - self.start) // page
+        return self._important[:, :, first : first + tokens // page]
 
     def similar(self, store: ClusteredPages) -> list[list[list[int]]]:
         """Earlier pages of the pass that are like each of its pages, by row and page."""
@@ -134,9 +149,10 @@ def measure(
     rows = torch.tensor(run.rows, device=store.device)
     inside, first = low - slab.start, (low - slab.start) // page
     exact = run.exact[role][:, :, low - run.start : low - run.start + tokens].float().unflatten(2, (-1, page))
-    plain = store.decode(role, slab, inside + tokens)[rows, :, inside:].unflatten(2, (-1, page))
+    plain = store.decode_from(role, slab, inside, inside + tokens)[rows].unflatten(2, (-1, page))
     weights = run.query_ms[:, :, None, None] if role == "key" and run.query_ms is not None else None
-    allowed_error = _error(plain - exact, weights) * _tolerance(store, run, low, tokens)
+    tolerance = torch.where(run.important(store, low, tokens), IMPORTANT, NO_MORE)
+    allowed_error = _error(plain - exact, weights) * tolerance
     spread = slab.packed(role).get("spread")  # [B, H, 1, D]
     found: dict[tuple[int, int, int], list[Choice]] = {}
     for place, own in groupby(sorted(tries, key=lambda t: t.slab), key=lambda t: t.slab):
@@ -183,8 +199,9 @@ def _spans(
     """Spans `[c, H, page, D]` of a slab as they decode, and whether all of them is plain, `[c, H]`."""
     slab, size = store.slabs[place], store.page_size
     pages = slab.capacity // size
-    tile = store.decode(role, slab, slab.capacity)  # [B, H, capacity, D]
-    at = (page * size + offset)[:, None] + torch.arange(size, device=store.device)
+    begin, end = int(page.min()), min(int(page.max()) + 2, pages)
+    tile = store.decode_from(role, slab, begin * size, end * size)  # [B, H, n, D]
+    at = ((page - begin) * size + offset)[:, None] + torch.arange(size, device=store.device)
     span = tile.transpose(1, 2)[row[:, None], at].transpose(1, 2)
     if not isinstance(slab, SharedSlab):
         return span, torch.ones(len(row), store.heads, dtype=torch.bool, device=store.device)
@@ -197,13 +214,6 @@ def _error(difference: torch.Tensor, weights: torch.Tensor | None) -> torch.Tens
     """What is lost of pages `[..., page, D]`: of keys, as their queries see it."""
     squares = difference.square()
     return (squares if weights is None else squares * weights).sum((-1, -2))
-
-
-def _tolerance(store: ClusteredPages, run: Pass, low: int, tokens: int) -> torch.Tensor:
-    """Part of the plain codec's error that each page of a slab may have, `[n]`: less for the newest of the pass."""
-    end = torch.arange(low + store.page_size, low + tokens + 1, store.page_size, device=store.device)
-    new = end > run.start + run.tokens - IMPORTANT_PAGES * store.page_size
-    return torch.where(new & store.clusters.settings.importance, IMPORTANT, NO_MORE)
 
 
 def _ladder(store: ClusteredPages, role: str) -> list[int]:

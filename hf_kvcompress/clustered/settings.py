@@ -15,8 +15,8 @@ _RATIO_POWER = {1: 1.5, 2: 1.0, 3: 1 / 3}
 _THRESHOLD_SHIFT = {1: 0.05, 2: 0.0, 3: -0.05}
 #: errors that count as equal: what the summation order of a batched product leaves between two copies of a row
 NO_MORE = 1.01
-#: importance weighting: pages among the newest of a pass must come out with at most this part of the plain error
-IMPORTANT, IMPORTANT_PAGES = 0.75, 4
+#: importance weighting: important pages must come out with at most this part of the plain error
+IMPORTANT = 0.75
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class ClusterSettings:
         top_k_similar: spans that are tried for a page.
         adaptive: let the level rise with memory pressure.
         level: 1 light, 2 moderate, 3 aggressive.
-        importance: ask more of the newest pages of a pass.
+        importance: ask more of the pages that matter most, and of the newest of a pass.
         delta_bits: the most bits a difference may take: 4, 8 or 12. It takes as few as keep the error.
         frame: "unrotated" compares keys before their rotary embedding, "rotated" as they are cached.
     """

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from ..codecs.base import Codec, Packed
-from ..pages import PageStore, Slab
+from ..codecs.base import Packed
+from ..pages import PageStore
+from .attending import FEW, Shared
 from .choice import examine
 from .frozen import SharedSlab, collect
 from .pool import Move, entries_of
@@ -28,7 +29,7 @@ class _Statistics:
 
 
 class SharedRun:
-    """How a run of shared pages is attended to: block by block, decoded."""
+    """How a run of shared pages is attended to: packed where queries are few, else block by block, decoded."""
 
     def __init__(self, pages: ClusteredPages, slab: SharedSlab, role: str, tokens: int):
         self.pages, self.slab, self.role, self.tokens = pages, slab, role, tokens
@@ -38,47 +39,40 @@ class SharedRun:
 
     def scores(self, q: torch.Tensor, packed: Packed) -> torch.Tensor:
         """`q @ keys.mT`, `[B, H, M, tokens]`."""
-        return q @ self._decode().mT
+        shared = self._packed(q)
+        return q @ self._decode().mT if shared is None else shared.scores(q)
+
+    def _packed(self, rows: torch.Tensor) -> Shared | None:
+        shared = Shared(self.pages, self.slab, self.role, self.tokens)
+        return shared if rows.shape[2] <= FEW and shared.is_read_packed else None
 
     def mix(self, p: torch.Tensor, packed: Packed) -> torch.Tensor:
         """`p @ values`, `[B, H, M, D]`."""
-        return p @ self._decode()
+        shared = self._packed(p)
+        return p @ self._decode() if shared is None else shared.mix(p)
 
 
 class ClusteredPages(PageStore):
     """Pages that are stored plain, as a reference, or as a difference.
 
     Args:
-        key_codec ... first: as for `PageStore`. With segments of one length, those of a sliding window, bases stand in
-            the slab of their members, which leaves the window as a whole.
         sharing: what the layers share, and the rotation of the keys.
         layer: the layer's number.
         begins: position of a row's first token.
-
-    Raises ValueError for codecs that must know the positions of their tokens.
+        rest: as for `PageStore`. With segments of one length, those of a sliding window, bases stand in the slab of
+            their members, which leaves the window as a whole.
     """
 
-    def __init__(
-        self,
-        key_codec: Codec,
-        value_codec: Codec,
-        batch: int,
-        heads: int,
-        device: torch.device,
-        segment_length: int | None,
-        first: int,
-        sharing: Sharing,
-        layer: int,
-        begins: Callable[[int], int],
-    ):
-        super().__init__(key_codec, value_codec, batch, heads, device, segment_length, first)
-        if key_codec.wants_positions or value_codec.wants_positions:
-            raise ValueError(f"codec: expected one whose pages can be read anywhere, got {key_codec.name}")
+    plain_slabs = False
+
+    def __init__(self, sharing: Sharing, layer: int, begins: Callable[[int], int], *rest: Any):
+        super().__init__(*rest)
         self.clusters, self.rotary, self.layer = sharing.clusters, sharing.rotary, layer
         self.begins = begins
-        self.local = segment_length is not None
-        self.index = self.clusters.index_for(layer, batch)
+        self.local = self.segment_length is not None
+        self.index = self.clusters.index_for(layer, len(self.counts))
         self.hashes: dict[str, dict[int, torch.Tensor]] = {role: {} for role in ROLES}  # by slab, `[B, H, P]`
+        self.newest: list[torch.Tensor | None] | None = None  # queries of the pass in flight, by row
         self._pass: Pass | None = None
 
     @property
@@ -109,64 +103,31 @@ class ClusteredPages(PageStore):
         if self.feeds:
             self.index.note(rows, start, values)
 
-    def seal(
-        self,
-        rows: Sequence[int],
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        tokens: int,
-        query_ms: torch.Tensor | None = None,
-        query_moment: torch.Tensor | None = None,
-    ) -> None:
+    def seal(self, rows: Sequence[int], keys: torch.Tensor, values: torch.Tensor, tokens: int, *queries: Any) -> None:
         """Pack as a `PageStore` does, then share what can be shared of the new pages."""
         exact = {"key": keys[:, :, :tokens], "value": values[:, :, :tokens]}
-        self._pass = Pass(list(rows), self.counts[rows[0]], tokens, exact, query_ms)
-        super().seal(rows, keys, values, tokens, query_ms, query_moment)
+        newest = [own for row in rows if self.newest is not None and (own := self.newest[row]) is not None]
+        shown = newest if len(newest) == len(rows) else None
+        self._pass = Pass(list(rows), self.counts[rows[0]], tokens, exact, queries[0] if queries else None, shown)
+        super().seal(rows, keys, values, tokens, *queries)
         self._pass = None
 
-    def _seal_in(
-        self,
-        slab: Any,
-        before: Any,
-        index: slice | torch.Tensor,
-        low: int,
-        tokens: int,
-        pair: tuple[torch.Tensor, torch.Tensor],
-        query_ms: torch.Tensor | None,
-        query_moment: torch.Tensor | None,
-    ) -> None:
+    def _seal_in(self, slab: Any, before: Any, index: slice | torch.Tensor, low: int, tokens: int, *rest: Any) -> None:
+        assert self._pass is not None
         number = next(place for place, own in enumerate(self.slabs) if own is slab)
         if isinstance(slab, SharedSlab):
-            self._seal_behind(slab, index, low, tokens, pair, query_ms, query_moment)
+            self._seal_behind(slab, index, low, tokens, *rest)
         else:
-            super()._seal_in(slab, before, index, low, tokens, pair, query_ms, query_moment)
-        assert self._pass is not None
+            super()._seal_in(slab, before, index, low, tokens, *rest)
         for row in self._pass.rows:
             self.counts[row] = low + tokens  # later slabs of this pass may refer to these tokens
         examine(self, self._pass, number, low, tokens)
 
-    def _seal_behind(
-        self,
-        slab: SharedSlab,
-        index: slice | torch.Tensor,
-        low: int,
-        tokens: int,
-        pair: tuple[torch.Tensor, torch.Tensor],
-        query_ms: torch.Tensor | None,
-        query_moment: torch.Tensor | None,
-    ) -> None:
+    def _seal_behind(self, slab: SharedSlab, index: slice | torch.Tensor, low: int, tokens: int, *rest: Any) -> None:
         """Pack into room of its own, as a further slab of the segment, and add the pages to the shared ones."""
         assert self._pass is not None
-        leading = (len(self.counts), self.heads, 1)
-        room = {
-            role: {
-                name: torch.zeros(field.stored_shape(leading, tokens), dtype=field.dtype, device=self.device)
-                for name, field in codec.fields.items()
-            }
-            for role, codec in self.codecs.items()
-        }
-        fresh = Slab(low, tokens, room["key"], room["value"])
-        super()._seal_in(fresh, _Statistics(slab), index, low, tokens, pair, query_ms, query_moment)  # type: ignore[arg-type]
+        fresh = self._empty_slab(low, tokens)
+        super()._seal_in(fresh, _Statistics(slab), index, low, tokens, *rest)  # type: ignore[arg-type]
         rows = torch.tensor(self._pass.rows, device=self.device)
         for role, codec in self.codecs.items():
             pool, packed = slab.pools[role], fresh.packed(role)
@@ -181,8 +142,15 @@ class ClusteredPages(PageStore):
         if isinstance(slab, SharedSlab):
             return slab
         filled = [min(max(count - slab.start, 0), slab.capacity) for count in self.counts]
-        shared = SharedSlab.of(slab, self.codecs, self.page_size, filled, self.moves)
+        shared = SharedSlab.of(slab, self.codecs, self.page_size, filled, self.moves, self.first)
         self.slabs[number] = shared  # type: ignore[call-overload]
+        return shared
+
+    def make_shared_slab(self, start: int, capacity: int) -> SharedSlab:
+        """Add an empty shared slab, for what was saved."""
+        empty = self._empty_slab(start, capacity)
+        shared = SharedSlab.of(empty, self.codecs, self.page_size, [], self.moves, self.first)
+        self.slabs.append(shared)  # type: ignore[arg-type]
         return shared
 
     def settle(self) -> None:
@@ -193,9 +161,13 @@ class ClusteredPages(PageStore):
 
     def decode(self, role: str, slab: Any, tokens: int) -> torch.Tensor:
         """Read back the first `tokens` tokens of a slab, `[B, H, tokens, D]` float32."""
+        return self.decode_from(role, slab, 0, tokens)
+
+    def decode_from(self, role: str, slab: Any, start: int, tokens: int) -> torch.Tensor:
+        """Read back the tokens `start .. tokens` of a slab, `start` being the first of a page."""
         if isinstance(slab, SharedSlab):
-            return slab.decode(role, self.slabs, tokens)
-        return super().decode(role, slab, tokens)
+            return slab.decode(role, self.slabs, tokens, start)
+        return super().decode(role, slab, tokens)[:, :, start:]
 
     def run_of(self, slab: SharedSlab, tokens: int) -> dict[str, Any]:
         """What attention asks for scores and mixed values of a shared slab."""

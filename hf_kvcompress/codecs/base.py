@@ -39,12 +39,14 @@ class CodecContext:
         rotary: the rotation of its keys, None where it is not known.
         why_not: why it is not known.
         calibration: what was learned of the model beforehand, if anything.
+        heads: key-value heads of the layer in the whole model, where a process may have a part of them; else None.
     """
 
     layer: int = 0
     rotary: Rotation | None = None
     why_not: str = "a cache made without the model's config"
     calibration: Any = None
+    heads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ class Codec(ABC):
     wants_context: ClassVar[bool] = False
     #: the keys' positions stand beside the fields, as "at": in `segment` of `encode`, `history` of `learn` and
     #: `begin_segment` (of their tokens), and `packed` of `decode`, `scores` and `mix`. Whole numbers `[..., T]` that
-    #: broadcast to the tokens, counted from the row's first token; nothing to be stored, they are derived.
+    #: broadcast to the tokens, counted from the row's first token; nothing to be stored, they are derived. With
+    #: one axis only they stand one behind the other.
     wants_positions: bool = False
     #: bfloat16 lets products on CPU round like a half precision model does; float32 is exact
     compute_dtype: torch.dtype = torch.float32

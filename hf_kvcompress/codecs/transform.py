@@ -8,20 +8,21 @@ packed by itself, without a scale. Values are packed as by `eqrot`.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from ..ops import native
 from ..ops.numeric import block_numel, blocks, clean_
+from ..shards import first_head
 from .base import Codec, CodecContext, Field, Packed, Role
+from .channel_bits import bytes_of, on, part_table, places_of, unpack
 
-#: bits of the parts that a code of so many bits is cut into, the high ones first; no part crosses a byte
-PARTS: dict[int, tuple[int, ...]] = {6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,), 1: (1,)}
-MOST_BITS = 6
 _BLOCK = 1 << 18
+_TOKENS = 2048  # of one head at a time, as many as a segment has: fewer would spend more on calls
 _FAR = 1e18  # keys beyond are clamped, so that products stay finite
 
 
@@ -41,6 +42,20 @@ class Frame:
     levels: torch.Tensor
     bits: tuple[int, ...]
     rotated: bool
+    _made: dict[str, tuple[torch.Tensor, ...]] = field(default_factory=dict, repr=False)
+
+    @torch.inference_mode(False)
+    def paired(self, pairs: Sequence[int], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """Mean and inverse basis, channels in the order of `pairs` (a layer has but one), and levels, in this dtype."""
+        name = str(dtype)
+        if name not in self._made:
+            order = torch.tensor(pairs, device=self.mean.device)
+            made = self.mean[:, order], self.back[:, :, order].contiguous(), self.levels
+            self._made[name] = tuple(part.to(dtype) for part in made)
+        return self._made[name]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Frame:
+        return self  # copies of a cache share it
 
     def storages_held(self) -> dict[Hashable, int]:
         """Nothing that a cache counts: it belongs to the model, as its weights do."""
@@ -104,26 +119,15 @@ class TransformCodec(Codec):
             self._frames[device] = next(iter(self._frames.values())).on(device)
         return self._frames[device]
 
-    @cached_property
-    def _places(self) -> list[tuple[int, list[int], list[int], list[int]]]:
-        """By bits of a part: the channels that have one, the bit of a token at which it stands, and how far up it goes
-        in the code."""
-        bits = next(iter(self._frames.values())).bits
-        at, found = 0, []
-        for size in (4, 2, 1):
-            channels = [c for c, own in enumerate(bits) if size in PARTS[own]]
-            up = [sum(p for p in PARTS[bits[c]] if p < size) for c in channels]
-            found.append((size, channels, list(range(at, at + size * len(channels), size)), up))
-            at += size * len(channels)
-        return found
-
     def begin_segment(
         self, x: torch.Tensor, query_ms: torch.Tensor | None = None, history: Packed | None = None
     ) -> Packed:
-        """The number of each head of `x` `[..., H, S, T, D]`; the first one's without such axes."""
+        """The number of each head of `x` `[..., H, S, T, D]` in the model; the first one's without such axes."""
         heads = torch.zeros(x.shape[:-2], dtype=torch.int16, device=x.device)
         if x.dim() > 3:
-            heads += torch.arange(x.shape[-4], dtype=torch.int16, device=x.device)[:, None]
+            here = x.shape[-4]
+            first = first_head(len(self._frame(x.device).mean), here)
+            heads += torch.arange(first, first + here, dtype=torch.int16, device=x.device)[:, None]
         return {"head": heads}
 
     def encode(self, x: torch.Tensor, segment: Packed, queries: torch.Tensor | None = None) -> Packed:
@@ -135,7 +139,7 @@ class TransformCodec(Codec):
         for start, end, _, _ in blocks(len(flat), 1, tokens * self.dim, block_numel(x.device, _BLOCK)):
             own = None if at is None else at[start:end]
             found = self._codes(flat[start:end], heads[start:end], own)
-            for size, channels, places, up in self._places:
+            for size, channels, places, up in places_of(self._frame(x.device).bits):
                 for channel, place, shift in zip(channels, places, up, strict=True):
                     part = (found[:, channel] >> shift) & (2**size - 1)
                     rows[start:end, place // 8] |= (part << (place % 8)).to(torch.uint8)
@@ -170,23 +174,12 @@ class TransformCodec(Codec):
         heads, flat = packed["head"].reshape(-1).long(), codes.reshape(-1, size, tokens)
         levels = frame.levels.shape[-1]
         for start, end, _, _ in blocks(len(flat), 1, tokens * self.dim, block_numel(codes.device, _BLOCK)):
-            index = self._unpack(flat[start:end], len(frame.bits))
+            index = unpack(flat[start:end], frame.bits)
             own = heads[start:end]
             channels = torch.arange(len(frame.bits), device=codes.device) * levels
             index += (own[:, None] * (len(frame.bits) * levels) + channels)[..., None].to(index.dtype)
             numbers = frame.levels.flatten().index_select(0, index.flatten()).view(index.shape)
             yield start, end, numbers, own, None if at is None else at[start:end]
-
-    def _unpack(self, rows: torch.Tensor, channels: int) -> torch.Tensor:
-        """Codes `[n, R, T]` int32 of bytes `[n, size, T]`."""
-        out = torch.zeros(len(rows), channels, rows.shape[-1], dtype=torch.uint8, device=rows.device)
-        for size, own, places, up in self._places:
-            if own:
-                place = _on(tuple(places), rows.device)
-                shift, lift = (place % 8).to(torch.uint8)[:, None], _on(tuple(up), rows.device).to(torch.uint8)[:, None]
-                parts = (rows.index_select(1, place // 8) >> shift) & (2**size - 1)
-                out.index_add_(1, _on(tuple(own), rows.device), parts << lift)
-        return out.int()
 
     def tolerance(self, x: torch.Tensor, segment: Packed) -> torch.Tensor:
         """The error itself: a number of bits alone bounds nothing in a basis that other texts have made."""
@@ -198,24 +191,60 @@ class TransformCodec(Codec):
     def scores(self, q: torch.Tensor, packed: Packed) -> torch.Tensor:
         """`q @ decode(packed).mT`; where keys are packed as the query meets them, the basis goes to the query."""
         lead, tokens = packed["codes"].shape[:-2], packed["codes"].shape[-1]
-        frame, segments = self._frame(q.device), lead[2]
-        out = q.new_empty(lead[0] * lead[1] * segments, q.shape[2], tokens)
+        frame, segments, places = self._frame(q.device), lead[2], packed.get("at")
+        out = q.new_empty(lead[0] * lead[1] * segments, q.shape[2], tokens, dtype=torch.float32)
         each = q.float().flatten(0, 1).repeat_interleave(segments, 0)  # [n, M, D]
-        for start, end, numbers, heads, at in self._numbers(packed):
-            own = each[start:end]
-            if self.wants_positions and at is not None:
-                keys = self._rotary.apply(numbers.mT @ frame.back[heads] + frame.mean[heads].unsqueeze(1), at)
-                out[start:end] = own @ keys.mT
-            else:
-                constant = own @ frame.mean[heads].unsqueeze(-1)
-                out[start:end] = (own @ frame.back[heads].mT) @ numbers + constant
+        if self.wants_positions and places is not None and places.dim() == 1:
+            self._score_run(each, packed, places, out)
+        else:
+            for start, end, numbers, heads, at in self._numbers(packed):
+                own = each[start:end]
+                if self.wants_positions:
+                    keys = self._rotary.apply(numbers.mT @ frame.back[heads] + frame.mean[heads].unsqueeze(1), at)
+                    out[start:end] = own @ keys.mT
+                else:
+                    constant = own @ frame.mean[heads].unsqueeze(-1)
+                    out[start:end] = (own @ frame.back[heads].mT) @ numbers + constant
         wide = out.unflatten(0, (lead[0], lead[1], segments))
         return wide.movedim(2, 3).flatten(3, 4)
 
+    def _score_run(self, q: torch.Tensor, packed: Packed, places: torch.Tensor, out: torch.Tensor) -> None:
+        """Scores `[n, M, T]` of `q` `[n, M, D]` with keys that stand one behind the other, into `out`.
 
-def bytes_of(dim: int, nbits: float) -> int:
-    """Bytes of a token's codes."""
-    return max(int(dim * nbits) // 8, 1)
+        The query is turned back to the first key's position, and keys turn by how far they are from it: the same
+        complex numbers for every run, with partners side by side.
+        """
+        pairs, turns = self._rotary.pairs(self.dim), self._rotary.turns(out.shape[-1], q.device)
+        q, turning = self._rotary.turn_back(q, places[:1])[..., on(pairs, q.device)], 2 * turns.shape[1]
+        if self.compute_dtype == torch.bfloat16 and native.serves(q, 1):
+            return self._score_run_by_library(q, packed, turns, out)
+        mean, back, _ = self._frame(q.device).paired(pairs, torch.float32)
+        for start, end, numbers, heads, _ in self._numbers(packed):
+            keys = torch.baddbmm(mean[heads].unsqueeze(1), numbers.mT, back[heads])
+            torch.view_as_complex(keys[..., :turning].unflatten(-1, (-1, 2))).mul_(turns)
+            out[start:end] = q[start:end] @ keys.mT
+
+    def _score_run_by_library(self, q: torch.Tensor, packed: Packed, turns: torch.Tensor, out: torch.Tensor) -> None:
+        """`_score_run` on a CPU, codes read by the compiled library and the basis applied in bfloat16.
+
+        Buffers serve all blocks: new ones of this size would cost more than what is computed in them.
+        """
+        mean, back, levels = self._frame(q.device).paired(self._rotary.pairs(self.dim), torch.bfloat16)
+        parts = part_table(self._frame(q.device).bits)
+        codes, heads = packed["codes"].flatten(0, 2), packed["head"].reshape(-1).long()
+        room = min(_TOKENS, out.shape[-1])
+        numbers = torch.empty(room, back.shape[1], dtype=torch.bfloat16)
+        half, keys = torch.empty(room, self.dim, dtype=torch.bfloat16), torch.empty(room, self.dim)
+        turning = torch.view_as_complex(keys[:, : 2 * turns.shape[1]].unflatten(-1, (-1, 2)))
+        for i, head in enumerate(heads.tolist()):
+            for start in range(0, out.shape[-1], room):
+                end = min(start + room, out.shape[-1])
+                n = end - start
+                native.channel_numbers(codes[i, :, start:end], parts, levels[head], numbers[:n])
+                torch.addmm(mean[head], numbers[:n], back[head], out=half[:n])
+                keys[:n].copy_(half[:n])
+                turning[:n].mul_(turns[start:end])
+                out[i, :, start:end] = q[i].detach() @ keys[:n].T  # the library knows no gradients
 
 
 def _flat(at: torch.Tensor | None, lead: torch.Size, tokens: int) -> torch.Tensor | None:
@@ -223,14 +252,3 @@ def _flat(at: torch.Tensor | None, lead: torch.Size, tokens: int) -> torch.Tenso
     if at is None:
         return None
     return at.expand(*lead, tokens).reshape(-1, tokens) if at.dim() > 1 else at.expand(lead.numel(), tokens)
-
-
-_INDEX: dict[tuple[tuple[int, ...], torch.device], torch.Tensor] = {}
-
-
-def _on(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Whole numbers on a device, kept there: a decode step does not copy them again."""
-    key = (numbers, device)
-    if key not in _INDEX:
-        _INDEX[key] = torch.tensor(numbers, device=device)
-    return _INDEX[key]

@@ -59,6 +59,7 @@ class Comparison:
     text: torch.Tensor  # [1, prompt + scored text]
     new_tokens: int
     step: int
+    calibration: Any = None  # for caches that need one
 
     @property
     def prompt_length(self) -> int:
@@ -81,7 +82,7 @@ def compare(names: list[str], task: Comparison, on_tokens: Callable[[str, int], 
             on_tokens(name, tokens)
 
         try:
-            entrant = contender(name, task.model.config)
+            entrant = contender(name, task.model.config, task.calibration)
             row.note = entrant.note
             decoded, scored = _run(entrant, task, reference, advance)
         except Unavailable as reason:

@@ -3,106 +3,127 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, TaskProgressColumn
 
+from ..calibration import Calibration
 from ..environment import devices, versions
-from ..harness.loading import check_length, load_model, scoring_copy
-from ..integrations.demo_model import demo_model
-from ..scoring import hide_passkey, read_text, standard_text, tokenize
+from ..harness.loading import check_length, scoring_copy
+from ..integrations.demo_model import demo_calibration
+from ..scoring import hide_passkey, load_text, tokenize
+from .common import (
+    Caches,
+    Calibrated,
+    Device,
+    Dtype,
+    Json,
+    ModelOrDemo,
+    PromptTokens,
+    Quiet,
+    ScoreDtype,
+    ScoreTokens,
+    Seed,
+    Text,
+    bar,
+    columns,
+    open_model,
+    printer,
+    remarks,
+    say,
+    write_json,
+)  # fmt: skip
 from .compare import Comparison, Row, compare
-from .contenders import check_name, default_names
+from .contenders import check_name, default_names, may_be_calibrated
 from .table import markdown, notes, rich_table
 
 
 def demo(
-    model: Annotated[
-        str | None, typer.Option(help="Name or folder of a model; by default the one of the demo extra.")
-    ] = None,
-    text: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="UTF-8 text; by default the Python manual.")
-    ] = None,
-    caches: Annotated[
-        str | None, typer.Option(help="Comma-separated presets, codecs (KEYS or KEYS/VALUES), quanto4, quanto2.")
-    ] = None,
-    prompt_tokens: Annotated[int, typer.Option(min=256, help="Tokens of the prompt, pass key included.")] = 3000,
-    score_tokens: Annotated[int, typer.Option(min=2, help="Tokens after the prompt that are scored.")] = 512,
-    new_tokens: Annotated[int, typer.Option(min=16, help="Tokens decoded for the answer and the speed.")] = 64,
+    model: ModelOrDemo = None,
+    text: Text = None,
+    cache: Caches = None,
+    calibration: Calibrated = None,
+    prompt_tokens: PromptTokens = 3000,
+    score_tokens: ScoreTokens = 512,
+    max_tokens: Annotated[int, typer.Option(min=16, help="New tokens of the answer, for the speed too.")] = 64,
     step: Annotated[int, typer.Option(min=1, help="Tokens of a scored forward; 1 is plain decoding.")] = 32,
     depth: Annotated[float, typer.Option(min=0.0, max=1.0, help="Where the pass key hides in the prompt.")] = 0.35,
-    seed: Annotated[int, typer.Option(help="Chooses the pass key.")] = 0,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
-    score_dtype: Annotated[
-        str, typer.Option(help="Of the scored run: auto (float32 up to a billion parameters), same or float32.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write rows, settings and versions here.")
-    ] = None,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="Also print the table as Markdown.")] = False,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    score_dtype: ScoreDtype = "auto",
+    device: Device = "auto",
+    json_file: Json = None,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown, too.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Compare caches on a real model: bytes, quality, a hidden pass key and speed."""
-    console = Console()
     begun = time.perf_counter()
-    names = [name.strip() for name in caches.split(",")] if caches else None
-    try:
-        for name in names or ():
-            check_name(name)
-        source = model or str(demo_model(lambda line: console.print(line, highlight=False)))
-        loaded, tokenizer = load_model(source, dtype, device)
-        scoring_model = scoring_copy(loaded, score_dtype)
-        length = prompt_tokens + score_tokens
-        check_length(loaded, length, "prompt-tokens + score-tokens")
-        ids = tokenize(tokenizer, read_text(text) if text else standard_text(), length, loaded.device)
-        passkey = hide_passkey(tokenizer, ids[:, :prompt_tokens], depth, seed)
-    except (ValueError, ImportError, OSError) as error:
-        console.print(f"kvcompress demo: {error}", style="red", highlight=False, markup=False)
-        raise typer.Exit(2) from None
+    for name in cache or ():
+        check_name(name)
+    read = load_text(text or "prose")
+    source, loaded, tokenizer = open_model(model, dtype, device, quiet)
+    scoring_model = scoring_copy(loaded, score_dtype)
+    length = prompt_tokens + score_tokens
+    check_length(loaded, length, "prompt-tokens + score-tokens")
+    ids = tokenize(tokenizer, read, length, loaded.device)
+    passkey = hide_passkey(tokenizer, ids[:, :prompt_tokens], depth, seed)
     # the pass key took the room of some text: the scored text goes on where the prompt's text stops
     following = ids[:, passkey.text_tokens :][:, :score_tokens]
+    names = cache or default_names(loaded.config, calibration is not None or model is None)
+    if calibration is None and model is None and any(map(may_be_calibrated, names)):
+        calibration = _demo_calibration(scoring_model, tokenizer, quiet)
     task = Comparison(
-        loaded, scoring_model, tokenizer, passkey, torch.cat([passkey.prompt, following], 1), new_tokens, step
+        loaded,
+        scoring_model,
+        tokenizer,
+        passkey,
+        torch.cat([passkey.prompt, following], 1),
+        max_tokens,
+        step,
+        calibration,
     )
-    names = names or default_names(loaded.config)
-    rows = _with_progress(names, task, console)
-    _print(rows, task, source, console, as_markdown)
+    rows = _with_progress(names, task, quiet)
+    _print(rows, task, source, printer(json_file), as_markdown)
     seconds = time.perf_counter() - begun
-    console.print(f"Took {seconds:.0f} s.", highlight=False)
-    if json_file:
-        settings = {
-            "model": source if model else "demo",
-            "text": str(text) if text else "prose",
-            "text_sha256": hashlib.sha256(str(task.text.tolist()).encode()).hexdigest(),
-            "dtype": str(loaded.dtype),
-            "score_dtype": str(scoring_model.dtype),
-            "device": str(loaded.device),
-            "prompt_tokens": prompt_tokens,
-            "score_tokens": score_tokens,
-            "new_tokens": new_tokens,
-            "step": step,
-            "depth": depth,
-            "seed": seed,
-        }
-        report = {
-            "versions": versions(),
-            "devices": devices(),
-            "settings": settings,
-            "seconds": seconds,
-            "rows": [row.to_dict() for row in rows],
-        }
-        json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    say(remarks(quiet), f"Took {seconds:.0f} s.")
+    settings = {
+        "model": source if model else "demo",
+        "text": text or "prose",
+        "text_sha256": hashlib.sha256(str(task.text.tolist()).encode()).hexdigest(),
+        "dtype": str(loaded.dtype),
+        "score_dtype": str(scoring_model.dtype),
+        "device": str(loaded.device),
+        "prompt_tokens": prompt_tokens,
+        "score_tokens": score_tokens,
+        "max_tokens": max_tokens,
+        "step": step,
+        "calibration": None if calibration is None else dict(Calibration.open(calibration).config.made_of),
+        "depth": depth,
+        "seed": seed,
+    }
+    report = {
+        "versions": versions(),
+        "devices": devices(),
+        "settings": settings,
+        "seconds": seconds,
+        "rows": [row.to_dict() for row in rows],
+    }
+    write_json(json_file, report)
 
 
-def _with_progress(names: list[str], task: Comparison, console: Console) -> list[Row]:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"))
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+def _demo_calibration(model: Any, tokenizer: Any, quiet: bool) -> Path:
+    """The demo model's calibration; made on the first call."""
+    with bar("calibrating once", quiet) as tell:
+        return demo_calibration(model, tokenizer, tell)
+
+
+def _with_progress(names: list[str], task: Comparison, quiet: bool) -> list[Row]:
+    with Progress(*columns(TaskProgressColumn()), console=remarks(quiet), transient=True) as progress:
         total = task.tokens_per_cache()
         bars = {name: progress.add_task(name, total=total, visible=False) for name in ("uncompressed", *names)}
 
@@ -121,6 +142,6 @@ def _print(rows: list[Row], task: Comparison, source: str, console: Console, as_
     )
     console.print(rich_table(rows, title))
     for note in notes(rows):
-        console.print(note, style="dim", highlight=False, markup=False)
+        console.print(note, style="dim", markup=False)
     if as_markdown:
-        print(markdown(rows))
+        say(console, markdown(rows))

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import shutil
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-from rich.console import Console
 from rich.table import Table
 
 from ..environment import devices, versions
 from ..ops import diagnosis
+from .common import Json, printer, write_json
 
 #: extra -> what it makes possible, and a module that shows it is there
 EXTRAS = {
@@ -22,6 +20,8 @@ EXTRAS = {
     "eval": ("evaluation with datasets and metrics", "evaluate"),
     "lm-eval": ("lm-evaluation-harness", "lm_eval"),
     "plot": ("plots", "matplotlib"),
+    "redis": ("prefixes in a Redis server", "redis"),
+    "fsspec": ("prefixes in an object store", "fsspec"),
 }
 
 
@@ -36,14 +36,9 @@ def examine() -> dict[str, Any]:
     }
 
 
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
+def doctor(json_file: Json = None) -> None:
     """Show versions, devices, what runs on each of them and why, and extras."""
     report = examine()
-    if as_json:
-        print(json.dumps(report, indent=2))
-        return
     table = Table(show_header=False, title="kvcompress doctor")
     for name, found in report["versions"].items():
         table.add_row(name, found)
@@ -62,4 +57,5 @@ def doctor(
     for name, there in report["extras"].items():
         purpose = EXTRAS[name][0]
         table.add_row(f"extra {name}", purpose if there else f"not installed: {purpose}")
-    Console().print(table)
+    printer(json_file).print(table)
+    write_json(json_file, report)

@@ -2,81 +2,93 @@
 
 from __future__ import annotations
 
-import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..harness.errors import sentence
 from ..harness.evaluate import evaluate as measure
 from ..harness.loading import load_model
 from ..harness.processes import Processes
-from ..harness.report import Report
 from ..harness.specs import CacheSpec
 from ..harness.suites import Suite, suite_of
 from ..integrations.demo_model import demo_model
+from .common import (
+    Caches,
+    Device,
+    Dtype,
+    Json,
+    Quiet,
+    ScoreDtype,
+    Texts,
+    bar,
+    printer,
+    remarks,
+    say,
+    write_json,
+)  # fmt: skip
+from .errors import Failed
 
 
 def evaluate(
     model: Annotated[
-        str | None, typer.Option(help="Name or folder of a model, or `recall`; by default that of the demo extra.")
+        str | None,
+        typer.Option(help="Name or folder of a model, or recall; by default the one of the demo extra."),
     ] = None,
-    cache: Annotated[
-        list[str] | None,
-        typer.Option(help="`balanced`, `int8/int4`, `h2o:budget=0.25,codec=kivi4`, `transformers:quanto4`; repeat it."),
-    ] = None,
+    cache: Caches = None,
     suite: Annotated[str, typer.Option(help="quick, standard or full.")] = "quick",
-    text: Annotated[
-        list[str] | None, typer.Option(help="prose, code, a UTF-8 file or datasets:NAME[:CONFIG][:SPLIT][:COLUMN].")
-    ] = None,
+    text: Texts = None,
     records: Annotated[
-        list[str] | None, typer.Option(help="qa:FILE or summary:FILE, .json or .jsonl, or qa:datasets:NAME.")
+        list[str] | None,
+        typer.Option(help="qa:FILE or summary:FILE, .json or .jsonl, or qa:datasets:NAME. Repeat it for more."),
     ] = None,
-    tasks: Annotated[str | None, typer.Option(help="Comma-separated names of tasks; `none` leaves them out.")] = None,
-    task_length: Annotated[list[int] | None, typer.Option(min=32, help="Context of the tasks, in tokens.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Names of tasks, separated by commas; none leaves them out.")
+    ] = None,
+    task_length: Annotated[
+        list[int] | None, typer.Option(min=32, help="Context of the tasks, in tokens. Repeat it for more.")
+    ] = None,
     seeds: Annotated[
         int | None, typer.Option(min=1, help="Passages, samples of a task and repeats of a clock.")
     ] = None,
-    size: Annotated[list[str] | None, typer.Option(help="Another size of the suite, such as prompt=512.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for rows as they come, report and plots.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report here.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
-    score_dtype: Annotated[
-        str, typer.Option(help="Of perplexity and KL: auto (float32 up to a billion parameters), same or float32.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    size: Annotated[
+        list[str] | None, typer.Option(help="Another size of the suite, such as prompt=512. Repeat it for more.")
+    ] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Folder for rows as they come, report and plots.")
+    ] = None,
+    dtype: Dtype = "auto",
+    score_dtype: ScoreDtype = "auto",
+    device: Device = "auto",
+    json_file: Json = None,
+    quiet: Quiet = False,
 ) -> None:
     """Measure caches: perplexity, KL, attention error, agreement, long-context tasks, bytes and speed.
 
-    A run with --out that was stopped goes on where it was. Runs under torchrun share the work.
+    A run with --output-dir that was stopped goes on where it was. Runs under torchrun share the work.
     """
-    console = Console()
     try:
         specs = [CacheSpec.parse(spec) for spec in cache or ["balanced"]]
         chosen = _suite(suite, tasks, task_length, seeds, size)
-        source = model or str(demo_model(lambda line: console.print(line, highlight=False)))
+        source = model or str(demo_model(partial(say, remarks(quiet))))
         loaded, tokenizer = load_model(source, dtype, device)
-        report = _run(loaded, tokenizer, specs, chosen, text or ["prose"], records or [], out, score_dtype, console)
-    except (ValueError, ImportError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
-            raise
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        console.print(f"kvcompress eval: {line}", style="red", highlight=False, markup=False, soft_wrap=True)
-        if out is not None and any(out.glob("rows-*.jsonl")):
-            console.print(f"Results so far are kept in {out}.", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
+        with bar("preparing", quiet, show=Processes().is_first) as tell:
+            report = measure(
+                loaded, specs, chosen, tokenizer, text or ["prose"], records or [], output_dir, score_dtype,
+                on_unit=lambda unit, index, total, name: tell(index, total, f"{unit} {name}"),
+            )  # fmt: skip
+    except (Exception, KeyboardInterrupt) as error:
+        if output_dir is not None and any(output_dir.glob("rows-*.jsonl")):
+            say(remarks(quiet), f"Results so far are kept in {output_dir}.")
+        if isinstance(error, MemoryError | RuntimeError) and ("memory" in str(error) or isinstance(error, MemoryError)):
+            raise Failed(f"model: expected one that fits into memory with its caches: {sentence(error)}") from error
+        raise
     if not Processes().is_first:
         return
-    print(report.markdown())
-    console.print(f"Took {report.seconds:.0f} s.", highlight=False)
-    if json_file:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(
-            json.dumps({"model": model or "demo", **report.to_dict()}, indent=1) + "\n", encoding="utf-8"
-        )
+    say(printer(json_file), report.markdown())
+    write_json(json_file, {"model": model or "demo", **report.to_dict()})
 
 
 def _suite(
@@ -93,19 +105,3 @@ def _suite(
             raise ValueError(f"size: expected name=whole number, got {given!r}")
         sizes[key.strip()] = int(value)
     return suite_of(name, **sizes)
-
-
-def _run(
-    model: Any, tokenizer: Any, specs: list[CacheSpec], suite: Suite, texts: list[str], records: list[str],
-    out: Path | None, score_dtype: str, console: Console,
-) -> Report:  # fmt: skip
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(
-        *columns, console=console, transient=True, disable=not (Processes().is_first and console.is_terminal)
-    ) as progress:
-        bar = progress.add_task("preparing", total=None)
-
-        def on_unit(unit: str, index: int, total: int, cache: str) -> None:
-            progress.update(bar, completed=index, total=total, description=escape(f"{unit} {cache}"))
-
-        return measure(model, specs, suite, tokenizer, texts, records, out, score_dtype, on_unit=on_unit)

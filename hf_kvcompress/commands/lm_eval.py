@@ -14,7 +14,7 @@ PROGRAM = "kvcompress lm-eval"
 
 
 def lm_eval(context: typer.Context) -> None:
-    """Run lm-eval: `kvcompress lm-eval run --model_args pretrained=...,cache=balanced,score=split --tasks ...`.
+    """Run lm-evaluation-harness through a cache: `lm-eval run --model_args pretrained=NAME,cache=balanced --tasks ...`.
 
     The model is `hf-kvcompress` unless --model names another. A local model with local tasks touches no network.
     """
@@ -29,14 +29,10 @@ def lm_eval(context: typer.Context) -> None:
 
         from ..integrations import lm_eval as _  # noqa: F401  # registers the model
     except ImportError as error:
-        print(f"{PROGRAM} needs {error.name}: {HOW_TO_INSTALL}", file=sys.stderr)
-        raise typer.Exit(2) from None
+        raise ImportError(f"{error.name} is not installed: {HOW_TO_INSTALL}") from None
     before, sys.argv = sys.argv, [PROGRAM, *arguments]
     try:
         cli_evaluate()
-    except (ValueError, FileNotFoundError) as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
     finally:
         sys.argv = before
 

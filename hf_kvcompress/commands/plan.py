@@ -2,61 +2,60 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from transformers import AutoConfig
 
+from ..harness.loading import dtype_of, load_config
 from ..planner import BudgetError
 from ..planner import plan as make_plan
 from ..policies.registry import make_policy
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+from .common import Calibrated, Dtype, Json, Model, printer, say, write_json
+from .errors import Failed
 
 
 def plan(
-    model: Annotated[str, typer.Option(help="Name or folder of a model; only its config is read.")],
+    model: Model,
     context: Annotated[int, typer.Option(min=1, help="Tokens of a row, prompt and answer together.")],
     budget: Annotated[str, typer.Option(help="Bytes (8GB, 64MB), or a part of the uncompressed bytes (0.25).")],
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
-    dtype: Annotated[str, typer.Option(help="Of the model: bfloat16, float16 or float32.")] = "bfloat16",
     policy: Annotated[
         str | None, typer.Option(help="What evicts where quantization is not enough (default h2o); none never evicts.")
     ] = None,
-    codec: Annotated[str | None, typer.Option(help="Use this codec, or KEYS/VALUES, instead of choosing one.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the plan here.")] = None,
+    codec: Annotated[str | None, typer.Option(help="A codec, or KEYS/VALUES; by default the best that fits.")] = None,
+    calibration: Calibrated = None,
+    dtype: Dtype = "auto",
+    json_file: Json = None,
 ) -> None:
-    """Print what fits into a budget. Ends with 1 if nothing does."""
-    console = Console()
+    """Say what fits into a byte budget, from a model's config alone. Ends with 1 if nothing does."""
+    wanted, config = dtype_of(dtype), load_config(model)
+    own = config.get_text_config(decoder=True).dtype
+    if wanted is None:
+        wanted = own if isinstance(own, torch.dtype) else torch.bfloat16
     try:
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype: expected {', '.join(DTYPES)}, got {dtype!r}")
         found = make_plan(
-            AutoConfig.from_pretrained(model),
+            config,
             context=context,
             batch=batch,
             budget=parse_budget(budget),
-            dtype=DTYPES[dtype],
+            dtype=wanted,
             policy=policy,
             codec=codec,
+            calibration=calibration,
         )
-    except (ValueError, OSError) as error:
-        console.print(f"kvcompress plan: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(1 if isinstance(error, BudgetError) else 2) from None
+    except BudgetError as error:
+        raise Failed(str(error)) from None
+    console = printer(json_file)
     console.print(found)
     evicts = found.policy is not None
     kept = f"{found.kept_fraction:.0%} of the tokens in layers with full attention" if evicts else "every token"
     longest = "any context" if found.max_context is None else f"up to {found.max_context:,} tokens"
-    console.print(f"Keeps {kept}; the budget holds for {longest}.", highlight=False)
+    console.print(f"Keeps {kept}; the budget holds for {longest}.")
     if found.policy is not None and (make_policy(found.policy).needs_queries or batch > 1):
-        console.print("kvc.enable(model)", highlight=False, soft_wrap=True)
-    console.print(found.code(), highlight=False, markup=False, soft_wrap=True)
-    if json_file:
-        json_file.write_text(json.dumps({"model": model, **found.to_dict()}, indent=2) + "\n", encoding="utf-8")
+        say(console, "kvc.enable(model)")
+    say(console, found.code())
+    write_json(json_file, {"model": model, **found.to_dict()})
 
 
 def parse_budget(text: str) -> str | int | float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,11 +9,23 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..codecs.registry import codec_names, parse
-from ..harness.loading import load_model
-from ..integrations.demo_model import demo_model
+from ..analysis.prompts import read_prompts
+from ..codecs.registry import parse
 from ..paging.engine import PagedAttentionEngine
 from ..prefix.cache import PrefixCache
+from .common import (
+    Device,
+    Dtype,
+    Json,
+    MaxTokens,
+    ModelOrDemo,
+    PromptsFile,
+    Quiet,
+    open_model,
+    printer,
+    say,
+    write_json,
+)  # fmt: skip
 
 SYSTEM = (
     "You are a patient assistant of a public library. You answer in one or two plain sentences, you never invent a "
@@ -34,50 +45,42 @@ QUESTIONS = (
 
 
 def serve_demo(
-    model: Annotated[
-        str | None, typer.Option(help="Name or folder of a model; by default the one of the demo extra.")
-    ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="A prompt a line; by default eight questions.")
-    ] = None,
+    model: ModelOrDemo = None,
+    prompts_file: PromptsFile = None,
     enable_paging: Annotated[bool, typer.Option(help="Serve all prompts at once; else one after the other.")] = True,
     enable_prefix_cache: Annotated[bool, typer.Option(help="Read what prompts have in common once.")] = True,
     block_size: Annotated[int, typer.Option(help="Tokens of a block: 8, 16, 32, 64 or 128.")] = 16,
-    codec: Annotated[str, typer.Option(help=f"One of {', '.join(codec_names())}.")] = "eqrot4",
-    memory_gb: Annotated[float | None, typer.Option(help="Size of the pool in GB.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens of each prompt.")] = 32,
-    cache_dir: Annotated[Path | None, typer.Option(help="Keep prefixes in this folder, too.")] = None,
+    codec: Annotated[str, typer.Option(help="A codec, such as eqrot4, int8 or identity.")] = "eqrot4",
+    memory_gb: Annotated[float | None, typer.Option(help="GB that the pool and the exact windows may take.")] = None,
+    max_tokens: MaxTokens = 32,
+    cache_dir: Annotated[Path | None, typer.Option(file_okay=False, help="Keep prefixes in this folder, too.")] = None,
     redis: Annotated[str | None, typer.Option(help="Keep prefixes in a Redis server, redis://host:port/0.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    json_file: Json = None,
+    quiet: Quiet = False,
 ) -> None:
     """Serve prompts with a paged, compressed cache and shared prefixes; show throughput, latency and memory."""
-    console = Console()
-    try:
-        parse(codec, "codec")
-        source = model or str(demo_model(lambda line: console.print(line, highlight=False)))
-        loaded, tokenizer = load_model(source, dtype, device)
-        store = PrefixCache(block_size=block_size, disk=cache_dir, remote=redis) if enable_prefix_cache else None
-        engine = PagedAttentionEngine(
-            loaded,
-            tokenizer,
-            block_size=block_size,
-            codec=codec,
-            memory_gb=memory_gb,
-            prefix_cache=store,
-            max_batch=32 if enable_paging else 1,
-        )
-        lines = prompts.read_text(encoding="utf-8").splitlines() if prompts else [SYSTEM + own for own in QUESTIONS]
-        lines = [line for line in lines if line.strip()]
-        texts = _serve(console, engine, lines, max_tokens)
-    except (ValueError, ImportError, OSError, MemoryError) as error:
-        console.print(f"kvcompress serve-demo: {error}", style="red", highlight=False, markup=False)
-        raise typer.Exit(2) from None
+    parse(codec, "codec")
+    lines = [SYSTEM + own for own in QUESTIONS]
+    if prompts_file is not None:
+        lines = [str(prompt.text) for prompt in read_prompts(prompts_file)]
+    _, loaded, tokenizer = open_model(model, dtype, device, quiet)
+    store = PrefixCache(block_size=block_size, disk=cache_dir, remote=redis) if enable_prefix_cache else None
+    engine = PagedAttentionEngine(
+        loaded,
+        tokenizer,
+        block_size=block_size,
+        codec=codec,
+        memory_gb=memory_gb,
+        prefix_cache=store,
+        max_batch=32 if enable_paging else 1,
+    )
+    console = printer(json_file)
+    texts = _serve(console, engine, lines, max_tokens)
     report = engine.report()
     console.print(_table(report, engine))
-    if json_file is not None:
-        json_file.write_text(json.dumps({**report, "answers": texts}, indent=1) + "\n", encoding="utf-8")
+    write_json(json_file, {**report, "answers": texts})
 
 
 def _serve(console: Console, engine: PagedAttentionEngine, prompts: list[str], max_tokens: int) -> list[str]:
@@ -88,7 +91,7 @@ def _serve(console: Console, engine: PagedAttentionEngine, prompts: list[str], m
         if piece.last:
             text = engine.tokenizer.decode(tokens[piece.prompt], skip_special_tokens=True)
             asked = prompts[piece.prompt][-60:]
-            console.print(f"[{piece.prompt}] {asked!r}\n    {text.strip()!r}", highlight=False, markup=False)
+            say(console, f"[{piece.prompt}] {asked!r}\n    {text.strip()!r}")
     return [engine.tokenizer.decode(own, skip_special_tokens=True) for own in tokens]
 
 

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..harness.loading import load_model
-from ..scoring import read_text, standard_text
+from ..scoring import load_text
 from ..training import LayerReport
 from ..training import train_policy as train
+from .common import Device, Dtype, Json, Model, Quiet, Seed, Texts, bar, open_model, printer, say, write_json
 
 
 def train_policy(
-    model: Annotated[str, typer.Option(help="Name or folder of a model.")],
-    out: Annotated[Path, typer.Option(help="Write the weights here, for LearnedCache(config, weights=...).")],
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(exists=True, dir_okay=False, help="UTF-8 text; may be repeated. By default the Python manual."),
-    ] = None,
+    model: Model,
+    output: Annotated[Path, typer.Option(help="Write the weights here, for LearnedCache(config, weights=...).")],
+    text: Texts = None,
     teacher: Annotated[str, typer.Option(help="future, replay or both.")] = "both",
     target: Annotated[str, typer.Option(help="error (of the attention's output) or mass (of attention).")] = "error",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens that the model reads.")] = 131072,
@@ -30,39 +26,36 @@ def train_policy(
     hidden: Annotated[int, typer.Option(min=1, help="Width of the network.")] = 48,
     epochs: Annotated[int, typer.Option(min=1, help="Times that each passage is learned from.")] = 5,
     sliding: Annotated[bool, typer.Option(help="Train the layers with a sliding window as well.")] = False,
-    seed: Annotated[int, typer.Option(help="Of first weights, order and noise.")] = 0,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    json_file: Json = None,
+    quiet: Quiet = False,
 ) -> None:
     """Train the policy "learned" for a model: minutes on a CPU for a small one."""
-    console = Console()
-    try:
-        loaded, tokenizer = load_model(model)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=console, transient=True) as progress:
-            bar = progress.add_task("reading", total=None)
-
-            def on_progress(label: str, done: int, total: int) -> None:
-                progress.update(bar, completed=done, total=total, description=label)
-
-            found = train(
-                loaded,
-                tokenizer,
-                [read_text(path) for path in text] if text else [standard_text()],
-                teacher=teacher,  # type: ignore[arg-type]  # checked there
-                target=target,  # type: ignore[arg-type]
-                tokens=tokens,
-                length=length,
-                hidden=hidden,
-                epochs=epochs,
-                sliding=sliding,
-                seed=seed,
-                on_progress=on_progress,
-            )
-        found.weights.save(out)
-    except (ValueError, OSError) as error:
-        console.print(f"kvcompress train-policy: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(2) from None
+    texts = [load_text(name) for name in text or ["prose"]]
+    source, loaded, tokenizer = open_model(model, dtype, device, quiet)
+    with bar("reading", quiet) as tell:
+        found = train(
+            loaded,
+            tokenizer,
+            texts,
+            teacher=teacher,  # type: ignore[arg-type]  # checked there
+            target=target,  # type: ignore[arg-type]
+            tokens=tokens,
+            length=length,
+            hidden=hidden,
+            epochs=epochs,
+            sliding=sliding,
+            seed=seed,
+            on_progress=lambda label, done, total: tell(done, total, label),
+        )
+    found.weights.save(output)
+    layers = [asdict(own) for own in found.layers]
+    write_json(json_file, {"model": source, "output": str(output), "layers": layers})
+    console = printer(json_file)
     console.print(_table(found.layers))
-    console.print(f"cache = kvc.LearnedCache(model.config, weights={str(out)!r})", highlight=False, soft_wrap=True)
+    say(console, f"cache = kvc.LearnedCache(model.config, weights={str(output)!r})")
 
 
 def _table(layers: list[LayerReport]) -> Table:

@@ -20,12 +20,14 @@ class Question:
         target: `[1, a]`, the right answer's tokens.
         score: part of the answer that is right, from the tokens that were decoded.
         new_tokens: tokens to decode.
+        is_open: what comes after the right answer's tokens counts too.
     """
 
     ids: torch.Tensor
     target: torch.Tensor
     score: Callable[[list[int]], float]
     new_tokens: int
+    is_open: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,45 +50,52 @@ class Answered:
     """What one cache made of a sample; lists have one entry a question.
 
     score: part of the answers that are right. nll: of the right answers' tokens, in nats, mean over all of them.
-    logits: `[N, V]` at the right answers' places, for later caches to compare with. tokens: what was decoded.
+    logits: `[N, V]` at the right answers' places, for later caches to compare with. tokens: the greedy answers.
     """
 
     score: float
     nll: float
     logits: torch.Tensor
     tokens: list[list[int]]
-    cache: Any
 
 
 @torch.inference_mode()
 def answer(model: Any, sample: TaskSample, make_cache: Callable[[], Any], step: int = 32) -> Answered:
-    """Read a context through a cache, in one pass, then ask.
+    """Ask about a context that has been read.
 
     Args:
+        make_cache: gives a cache that holds the context (`Prompt.through`).
         step: tokens of a pass while the stretch is fed; 1 is decoding.
     """
     if not sample.questions:
         raise ValueError("sample: expected at least one question, got none")
     reader = Reader(model, make_cache)
-    reader.feed(sample.context)
     if sample.stretch is not None:
         for part in sample.stretch.split(step, dim=1) if sample.stretch.numel() else ():
             reader.feed(part)
     scores, decoded, logits, losses = [], [], [], []
     for question in sample.questions:
         told = torch.cat([question.ids, question.target], 1)
-        seen = reader.fork().feed(told, keep=question.target.shape[1] + 1)[0, :-1]
+        after = reader.fork()
+        seen = after.feed(told, keep=question.target.shape[1] + 1)[0, :-1]
         target = question.target[0].to(seen.device)
         losses.append(torch.nn.functional.cross_entropy(seen.float(), target, reduction="none"))
         logits.append(seen.cpu())
-        decoded.append(_decode(question, reader if sample.sequential else reader.fork()))
-        scores.append(question.score(decoded[-1]))
+        if not question.is_open and torch.equal(seen.argmax(-1), target):  # what decoding would give, in one pass
+            given = target.tolist()
+        else:
+            after = reader if sample.sequential else reader.fork()
+            given = _decode(question, after, sample.sequential)
+        if sample.sequential:
+            reader = after
+        decoded.append(given)
+        scores.append(question.score(given))
     nll = torch.cat(losses).mean().item()
-    return Answered(sum(scores) / len(scores), nll, torch.cat(logits), decoded, reader.cache)
+    return Answered(sum(scores) / len(scores), nll, torch.cat(logits), decoded)
 
 
 class Reader:
-    """A model and a cache that it reads through; `fork` gives another one that has read the same."""
+    """A model and a cache that it goes on reading through; `fork` gives another one that has read the same."""
 
     def __init__(self, model: Any, make_cache: Callable[[], Any]):
         self.model, self.make_cache, self.cache = model, make_cache, make_cache()
@@ -117,12 +126,13 @@ def divergence(reference: torch.Tensor, logits: torch.Tensor) -> float:
     return (base.exp() * (base - own)).sum(-1).mean().item()
 
 
-def _decode(question: Question, reader: Reader) -> list[int]:
-    """Greedy; the cache then holds the question and the whole answer."""
+def _decode(question: Question, reader: Reader, goes_on: bool) -> list[int]:
+    """Greedy. If the talk goes on, the cache then holds the question and the whole answer."""
     ids = question.ids
     given: list[int] = []
     for _ in range(question.new_tokens):
         ids = reader.feed(ids)[:, -1:].argmax(-1)
         given.append(int(ids))
-    reader.feed(ids)
+    if goes_on:
+        reader.feed(ids)
     return given

@@ -19,22 +19,20 @@ class AttentionProbe:
     Every layer is shown the exact queries, keys and values, so errors of earlier layers do not add up.
 
     Args:
-        ids: `[1, T]`.
-        prompt_length: tokens of the prompt; the others are the pass whose outputs are compared.
+        prompt: what a cache is shown: all but its last token.
+        ids: `[1, q]`, the pass whose outputs are compared; it begins with the prompt's last token.
     """
 
     @torch.inference_mode()
-    def __init__(self, model: Any, ids: torch.Tensor, prompt_length: int):
-        if ids.ndim != 2 or ids.shape[0] != 1 or not 1 <= prompt_length < ids.shape[1]:
-            expected = f"1 to {ids.shape[-1] - 1} for ids of shape {tuple(ids.shape)}"
-            raise ValueError(f"prompt_length: expected {expected}, got {prompt_length}")
-        ids = ids.to(model.device)
-        self.prompt = Prompt(model, ids[:, : prompt_length + 1])  # all but its last token is shown to a cache
-        cache = self.prompt.into(DynamicCache(config=model.config))
+    def __init__(self, prompt: Prompt, ids: torch.Tensor):
+        if ids.ndim != 2 or ids.shape[0] != 1 or not ids.shape[1]:
+            raise ValueError(f"ids: expected [1, q] with at least one token, got {tuple(ids.shape)}")
+        self.prompt, model = prompt, prompt.model
+        cache = prompt.into(DynamicCache(config=model.config))
         self.calls: list[AttentionCall] = []
         with watching(model, self.calls.append):
-            model.base_model(input_ids=ids[:, prompt_length:], past_key_values=cache, use_cache=True)
-        exact = self.prompt.into(DynamicCache(config=model.config))
+            model.base_model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True)
+        exact = prompt.into(DynamicCache(config=model.config))
         self.exact = {call.layer: attend(exact, self._new(call)) for call in self.calls}
 
     def _new(self, call: AttentionCall) -> AttentionCall:

@@ -56,7 +56,7 @@ def evaluate(
         ValueError: naming the argument, what was expected and what came.
     """
     chosen = suite_of(suite, **sizes)
-    entrants, unavailable = _entrants(caches, model.config, bounds)
+    entrants, unavailable = entrants_of(caches, model.config, bounds)
     check_length(model, chosen.longest, "suite")
     bench = Bench(model, scoring_copy(model, score_dtype), tokenizer, tuple(texts), tuple(records))
     settings = {"suite": chosen.to_dict(), "bench": bench.fingerprint(), "versions": versions()}
@@ -67,14 +67,14 @@ def evaluate(
     store = Store(folder, settings, processes.index)
     if processes.is_first:
         processes.wait()
-    begun = time.perf_counter()
+    begun, cpu_begun = time.perf_counter(), time.process_time()
     try:
         todo = slice_of(units(bench, chosen), processes.index, processes.count)
         for alone in (False, True):
             own = [unit for unit in todo if unit.alone is alone]
             for index, unit in enumerate(own):
                 tell = None if on_unit is None else partial(on_unit, unit.key, index, len(own))
-                _measure(unit, entrants, store, tell)
+                measure_unit(unit, entrants, store, tell)
             processes.wait()  # nothing runs beside a clock
         rows = processes.gather(list(store.rows.values()))
     finally:
@@ -87,13 +87,14 @@ def evaluate(
     )
     notes = {entrant.name: entrant.note for entrant in entrants if entrant.note} | unavailable
     run = {**settings, "caches": names, "devices": devices(), "processes": processes.count}
-    report = Report(run, rows, notes, time.perf_counter() - begun)
+    cpu = sum(processes.gather([time.process_time() - cpu_begun]))
+    report = Report(run, rows, notes, time.perf_counter() - begun, cpu)
     if folder is not None and processes.is_first:
         report.save(folder)
     return report
 
 
-def _entrants(
+def entrants_of(
     caches: Sequence[str | CacheSpec | Entrant], config: Any, bounds: bool
 ) -> tuple[list[Entrant], dict[str, str]]:
     """The baseline, the caches, then their bounds, each once; and why some cannot run."""
@@ -128,17 +129,22 @@ def bounds_of(specs: Sequence[CacheSpec], config: Any) -> list[CacheSpec]:
                 settings = getattr(spec.entrant(config).make(), "settings", None)
             except Unavailable:
                 continue
-            eviction = getattr(getattr(settings, "default", None), "eviction", None)
-            if settings is None or eviction is None:
+            default = getattr(settings, "default", None)
+            eviction = getattr(default, "eviction", None)
+            if settings is None or default is None or eviction is None or eviction.demote_to:  # tiers lose no token
                 continue
             budget = eviction.budget if settings.budget_bytes is None else f"{settings.budget_bytes}B"
-            kept = {"budget": budget, "keys": settings.default.keys, "values": settings.default.values}
+            codecs = {"codec": default.keys}
+            if default.keys != default.values:
+                codecs = {"keys": default.keys, "values": default.values}
+            from_on = {"max_tokens": eviction.max_tokens} if eviction.max_tokens else {}
+            kept = {"budget": budget, **codecs, **from_on}
         found += [CacheSpec(head, kept) for head in BOUNDS if kept.get("budget") is not None]
     quarter = {"budget": BOUND_BUDGET, "codec": "identity"}
     return list({str(s): s for s in found or [CacheSpec(head, quarter) for head in BOUNDS]}.values())
 
 
-def _measure(unit: Unit, entrants: Sequence[Entrant], store: Store, on_cache: Callable[[str], Any] | None) -> None:
+def measure_unit(unit: Unit, entrants: Sequence[Entrant], store: Store, on_cache: Callable[[str], Any] | None) -> None:
     """Every cache that the store has no row of; the baseline runs again where others need what it leaves behind."""
     if all(store.has(unit.key, entrant.name) for entrant in entrants):
         return

@@ -110,6 +110,6 @@ def _maker(
             return max(measure(text, own) or 0.0 for own in right)
 
         own = [torch.tensor([part], device=device) for part in (ids[:length], question, target)]
-        return TaskSample(own[0], [Question(own[1], own[2], score, len(target) + 2)])
+        return TaskSample(own[0], [Question(own[1], own[2], score, len(target) + 2, is_open=True)])
 
     return make

@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..showing import html_table
 from .specs import BASELINE
 
 #: a task counts in averages if the uncompressed model gets this part of it right
@@ -43,6 +44,10 @@ CAPTION = (
 )
 
 
+#: parts of a report's JSON that are not settings
+DERIVED = ("seconds", "cpu_seconds", "notes", "summary", "tasks", "rows")
+
+
 class Report:
     """What a run measured.
 
@@ -50,13 +55,20 @@ class Report:
         run: settings, versions and devices, JSON-ready.
         rows: one a unit and cache.
         notes: by cache.
-        seconds: of this run; of its last part if it was taken up again.
+        seconds, cpu_seconds: of this run, of the clock and of all processes and their threads; of its last part if it
+            was taken up again.
     """
 
     def __init__(
-        self, run: Mapping[str, Any], rows: Sequence[dict[str, Any]], notes: Mapping[str, str], seconds: float
+        self,
+        run: Mapping[str, Any],
+        rows: Sequence[dict[str, Any]],
+        notes: Mapping[str, str],
+        seconds: float,
+        cpu_seconds: float = 0.0,
     ):
-        self.run, self.rows, self.notes, self.seconds = dict(run), list(rows), dict(notes), seconds
+        self.run, self.rows, self.notes = dict(run), list(rows), dict(notes)
+        self.seconds, self.cpu_seconds = seconds, cpu_seconds
         for row in self.rows:
             said, why = self.notes.get(row["cache"], ""), f"{row['measure']} not run: {row.get('unavailable')}"
             if "unavailable" in row and why not in said:
@@ -113,6 +125,7 @@ class Report:
         return {
             **self.run,
             "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
             "notes": self.notes,
             "summary": self.summary(),
             "tasks": self.task_summary(),
@@ -121,8 +134,8 @@ class Report:
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> Report:
-        own = {k: v for k, v in found.items() if k not in ("seconds", "notes", "summary", "tasks", "rows")}
-        return cls(own, found["rows"], found["notes"], found["seconds"])
+        own = {k: v for k, v in found.items() if k not in DERIVED}
+        return cls(own, found["rows"], found["notes"], found["seconds"], found["cpu_seconds"])
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
@@ -145,7 +158,8 @@ class Report:
 
         save_plots(self, folder)
 
-    def _table(self) -> tuple[list[str], list[list[str]]]:
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows, one a cache, as text."""
         summary = self.summary()
         used = [column for column in COLUMNS if any(column in own for own in summary.values())]
         rows = [[cache, *(_cell(summary[cache].get(c), *COLUMNS[c][2:]) for c in used)] for cache in self.caches]
@@ -159,23 +173,36 @@ class Report:
         ]
         return ["cache", *header], rows
 
+    def header(self) -> str:
+        """What was run, on what, and how long it took."""
+        bench, suite = self.run.get("bench", {}), self.run.get("suite", {})
+        threads = self.run.get("devices", {}).get("threads", 1)
+        what = [
+            f"Suite {suite.get('name', 'none')}",
+            f"{bench.get('model_type', 'a model')} in {bench.get('dtype', '?')} on {bench.get('device', '?')}",
+            f"KL and perplexity in {bench.get('score_dtype', '?')}",
+            f"{self.cpu_seconds:,.0f} s of CPU time and {self.seconds:,.0f} s of the clock",
+            f"{self.run.get('processes', 1)} process(es) of {threads} thread(s)",
+        ]
+        return ", ".join(what) + "."
+
     def markdown(self) -> str:
-        """The tables, with a line for each cache that needs one."""
-        parts = [_markdown(*self._table()), CAPTION]
+        """What was run and for how long, the tables, and a line for each cache that needs one."""
+        parts = [self.header(), markdown_table(*self.table()), CAPTION]
         if self.tasks():
-            parts.append(_markdown(*self._task_table()))
+            parts.append(markdown_table(*self._task_table()))
             if not all(self.tasks().values()):
                 parts.append("In brackets: not admissible, the uncompressed model gets less than 90 % right.")
         return "\n\n".join([*parts, *(f"{cache}: {note}" for cache, note in self.notes.items())])
 
     def __repr__(self) -> str:
-        header, rows = self._table()
+        header, rows = self.table()
         widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
         return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in (header, *rows))
 
     def _repr_html_(self) -> str:
-        tables = [self._table(), *([self._task_table()] if self.tasks() else [])]
-        return f"<p>{escape(CAPTION)}</p>" + "".join(_html(*table) for table in tables)
+        tables = [self.table(), *([self._task_table()] if self.tasks() else [])]
+        return f"<p>{escape(CAPTION)}</p>" + "".join(html_table(*table) for table in tables)
 
     def to_pandas(self) -> Any:
         """A row a cache, a column a mean; spreads as `... std`. Needs pandas."""
@@ -207,12 +234,7 @@ def _cell(own: Mapping[str, float] | None, form: str, factor: float) -> str:
     return f"{mean} ± {format(own['std'] * factor, form)}" if own["n"] > 1 and own["std"] else mean
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of texts, as Markdown."""
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
-def _html(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"

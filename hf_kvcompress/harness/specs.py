@@ -14,9 +14,9 @@ from typing import Any
 
 from transformers import Cache, DynamicCache, QuantizedCache
 
-from .. import cpac, hierarchical, strategies
+from .. import cpac, hierarchical, policy_strategies, strategies
 from ..cache import CompressedCache
-from ..codecs.registry import codec_names
+from ..codecs.registry import codec_class, codec_names
 from ..config import PRESETS
 from ..enable import enable
 from ..policies.registry import POLICIES
@@ -29,7 +29,7 @@ QUANTO = {"quanto4": 4, "quanto2": 2, "quanto4-full": 4, "quanto2-full": 2}
 PEERS = tuple(PEER + name for name in QUANTO)
 CLASSES: dict[str, type[CompressedCache]] = {
     name: found
-    for module in (strategies, cpac, hierarchical)
+    for module in (strategies, policy_strategies, cpac, hierarchical)
     for name, found in vars(module).items()
     if isinstance(found, type) and issubclass(found, CompressedCache)
 }
@@ -95,6 +95,13 @@ class CacheSpec:
     @property
     def is_baseline(self) -> bool:
         return self.head == NONE
+
+    @property
+    def may_be_calibrated(self) -> bool:
+        """The cache takes a calibration and packs with a codec that may need one."""
+        names = [self.head, *(str(self.settings.get(name, "")) for name in ("codec", "keys", "values"))]
+        asks = {codec for codec in codec_names() if codec_class(codec, "key").wants_context}
+        return self.head == "TransformCache" or any(part in asks for name in names for part in name.split("/"))
 
     def __str__(self) -> str:
         parts = [f"{name}={_text(value)}" for name, value in _flat(self.settings)]

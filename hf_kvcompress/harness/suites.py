@@ -32,7 +32,7 @@ class Suite:
     windows: int = 2
     probed: int = 32
     generated: int = 32
-    timed: int = 24
+    timed: int = 16
     repeats: int = 2
     tasks: Sequence[str] | None = ("needle", "needle-multikey", "turns")
     task_lengths: Sequence[int] = (1024,)
@@ -64,7 +64,7 @@ class Suite:
 SUITES = {
     "quick": Suite("quick"),
     "standard": Suite(
-        "standard", prompt=2048, scored=256, stepped=64, windows=3, probed=64, generated=64, timed=48, repeats=3,
+        "standard", prompt=2048, scored=256, stepped=48, windows=3, probed=64, generated=48, timed=32, repeats=3,
         tasks=None, task_lengths=(2048,), task_seeds=3,
     ),
     "full": Suite(

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..measure import tensor_bytes
 from ..scoring import Decoded, Score, decode, load_text, score
 from .agreement import first_divergence, rouge_l
@@ -93,12 +95,20 @@ def _records(bench: Bench, length: int) -> list[Task]:
 # -- the measures --------------------------------------------------------------------------------------------------
 
 
+def _passage(bench: Bench, text: str, suite: Suite, seed: int) -> torch.Tensor:
+    """A prompt and what follows it, for every measure alike, so that the prompt is read once for all of them."""
+    return bench.passages(text, suite.windows, suite.prompt + max(suite.scored, suite.stepped, suite.probed, 1))[seed]
+
+
 def _perplexity(bench: Bench, text: str, suite: Suite, seed: int, step: int, length: int) -> Run:
-    ids = bench.passages(text, suite.windows, suite.prompt + suite.scored)[seed][:, : suite.prompt + length]
+    ids = _passage(bench, text, suite, seed)[:, : suite.prompt + length]
+    model = bench.scoring_model
+    prompt = bench.prompt(model, ids[:, : suite.prompt + 1])
 
     def run(entrant: Entrant, reference: Score | None) -> tuple[Values, Score]:
-        with entrant.around(bench.scoring_model):
-            got = score(bench.scoring_model, ids, entrant.make, suite.prompt, step, reference=reference)
+        with entrant.around(model):
+            make = partial(prompt.through, entrant.make)
+            got = score(model, ids, make, suite.prompt, step, reference=reference, prefilled=True)
         parts = [] if got.kl is None else [part.mean().item() for part in got.kl.tensor_split(min(PARTS, len(got.kl)))]
         values = {
             "perplexity": got.perplexity,
@@ -114,14 +124,16 @@ def _perplexity(bench: Bench, text: str, suite: Suite, seed: int, step: int, len
 
 
 def _attention(bench: Bench, text: str, suite: Suite, seed: int) -> Run:
-    length = suite.prompt + max(suite.scored, suite.probed)
-    ids = bench.passages(text, suite.windows, length)[seed][:, : suite.prompt + suite.probed]
-    probe = AttentionProbe(bench.scoring_model, ids, suite.prompt)
+    ids = _passage(bench, text, suite, seed)
+    prompt = bench.prompt(bench.scoring_model, ids[:, : suite.prompt + 1])
+    probe = AttentionProbe(prompt, ids[:, suite.prompt :][:, : suite.probed])
 
     def run(entrant: Entrant, reference: Any) -> tuple[Values, Any]:
         with entrant.around(bench.scoring_model):
             errors = probe.errors(entrant.make)
         numbers = list(errors.values())
+        if not numbers:  # the model's attention cannot be watched
+            return {}, True
         mean, worst = sum(numbers) / len(numbers), max(numbers)
         return {"error": mean, "worst": worst, "by_layer": {str(i): e for i, e in errors.items()}}, True
 
@@ -129,11 +141,13 @@ def _attention(bench: Bench, text: str, suite: Suite, seed: int) -> Run:
 
 
 def _generation(bench: Bench, text: str, suite: Suite, seed: int) -> Run:
-    ids = bench.passages(text, suite.windows, suite.prompt + 1)[seed]
+    ids = _passage(bench, text, suite, seed)[:, : suite.prompt + 1]
+    prompt = bench.prompt(bench.model, ids)
 
     def run(entrant: Entrant, reference: tuple[Decoded, int] | None) -> tuple[Values, tuple[Decoded, int]]:
         with entrant.around(bench.model):
-            got = decode(bench.model, ids[:, :-1], ids[:, -1:], entrant.make, suite.generated)
+            make, choose = partial(prompt.through, entrant.make), bench.chooser()
+            got = decode(bench.model, ids[:, :-1], prompt.last, make, suite.generated, prefilled=True, choose=choose)
         nbytes = got.cache.nbytes if hasattr(got.cache, "nbytes") else tensor_bytes(got.cache)
         base, whole = reference or (got, nbytes)
         values = {
@@ -153,10 +167,11 @@ def _generation(bench: Bench, text: str, suite: Suite, seed: int) -> Run:
 
 def _task(bench: Bench, task: Task, seed: int) -> Run:
     sample: TaskSample = task.make(seed)
+    prompt = bench.prompt(bench.model, torch.cat([sample.context, sample.questions[0].ids[:, :1]], 1))
 
     def run(entrant: Entrant, reference: Answered | None) -> tuple[Values, Answered]:
         with entrant.around(bench.model):
-            got = answer(bench.model, sample, entrant.make)
+            got = answer(bench.model, sample, partial(prompt.through, entrant.make))
         base = reference or got
         values = {
             "score": got.score,

@@ -122,6 +122,28 @@ static inline __m128 sums(__m512 a, __m512 b, __m512 c, __m512 d) {
     const __m256 all = _mm256_hadd_ps(ab, cd);
     return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
 }
+
+/* As dots, for up to ROWS rows; every call has a constant number of them, so that the sums stay in registers. */
+static inline __attribute__((always_inline)) void few_dots(const Format *f, __m512 table, const float *x, int rows,
+                                                           const uint8_t *const codes[2], long n, float *out,
+                                                           long row_step, long code_step) {
+    __m512 sum[2][ROWS];
+    for (int k = 0; k < 2; k++)
+        for (int r = 0; r < ROWS; r++) sum[k][r] = _mm512_setzero_ps();
+    for (long j = 0; j < n; j += 16) {
+        const __m512 first = numbers16(f, table, codes[0] + j), second = numbers16(f, table, codes[1] + j);
+        for (int r = 0; r < rows; r++) {
+            const __m512 own = _mm512_loadu_ps(x + r * n + j);
+            sum[0][r] = _mm512_fmadd_ps(own, first, sum[0][r]);
+            sum[1][r] = _mm512_fmadd_ps(own, second, sum[1][r]);
+        }
+    }
+    for (int k = 0; k < 2; k++) {
+        float four[ROWS];
+        _mm_storeu_ps(four, sums(sum[k][0], sum[k][1], sum[k][2], sum[k][3]));
+        for (int r = 0; r < rows; r++) out[r * row_step + k * code_step] = four[r];
+    }
+}
 #endif
 
 /* out[i * row_step + k * code_step] = x[i * n ..] . numbers of codes k, for `rows` rows of x and two vectors of codes. */
@@ -130,23 +152,13 @@ static void dots(const Format *f, const float *x, long rows, const uint8_t *cons
     long i = 0;
 #if defined(__AVX512F__)
     const __m512 table = f->nbits >= 8 ? _mm512_setzero_ps() : _mm512_loadu_ps(f->table);
-    for (; n % 16 == 0 && i + ROWS <= rows; i += ROWS) {
-        __m512 sum[2][ROWS];
-        for (int k = 0; k < 2; k++)
-            for (int r = 0; r < ROWS; r++) sum[k][r] = _mm512_setzero_ps();
-        for (long j = 0; j < n; j += 16) {
-            const __m512 first = numbers16(f, table, codes[0] + j), second = numbers16(f, table, codes[1] + j);
-            for (int r = 0; r < ROWS; r++) {
-                const __m512 own = _mm512_loadu_ps(x + (i + r) * n + j);
-                sum[0][r] = _mm512_fmadd_ps(own, first, sum[0][r]);
-                sum[1][r] = _mm512_fmadd_ps(own, second, sum[1][r]);
-            }
-        }
-        for (int k = 0; k < 2; k++) {
-            float four[ROWS];
-            _mm_storeu_ps(four, sums(sum[k][0], sum[k][1], sum[k][2], sum[k][3]));
-            for (int r = 0; r < ROWS; r++) out[(i + r) * row_step + k * code_step] = four[r];
-        }
+    for (; n % 16 == 0 && i < rows; i += ROWS) {
+        float *to = out + i * row_step;
+        const float *from = x + i * n;
+        if (rows - i >= 4) few_dots(f, table, from, 4, codes, n, to, row_step, code_step);
+        else if (rows - i == 3) few_dots(f, table, from, 3, codes, n, to, row_step, code_step);
+        else if (rows - i == 2) few_dots(f, table, from, 2, codes, n, to, row_step, code_step);
+        else few_dots(f, table, from, 1, codes, n, to, row_step, code_step);
     }
 #endif
     for (; i < rows; i++)
@@ -199,6 +211,29 @@ void value_dot(const uint8_t *high, const uint8_t *low, const Format *f, const f
             codes[k] = codes_of(f, high + at * high_bytes, low + at * low_bytes, tokens / f->group, room + k * tokens);
         }
         dots(f, p + (i * parts + part) * rows * tokens, rows, codes, tokens, out + i * rows * channels + d, channels, odd);
+        free(room);
+    }
+}
+
+/* Codes of channels with bits of their own, as numbers in bfloat16, out [tokens][channels]: codes [bytes][row], of which
+ * `tokens` are read; the code of channel c is the sum of two parts (byte, shift, mask, lift), its number
+ * levels[c][code]. */
+void channel_numbers(const uint8_t *codes, const int32_t *parts, const uint16_t *levels, uint16_t *out, long row,
+                     long tokens, long channels, long most, int threads) {
+    enum { TILE = 64 };
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long first = 0; first < tokens; first += TILE) {
+        const long here = first + TILE < tokens ? TILE : tokens - first;
+        uint8_t *room = malloc(channels * TILE);
+        for (long c = 0; c < channels; c++) {
+            const int32_t *p = parts + 8 * c;
+            const uint8_t *a = codes + p[0] * row + first, *b = codes + p[4] * row + first;
+            for (long t = 0; t < here; t++)
+                room[c * TILE + t] = (uint8_t)(((a[t] >> p[1]) & p[2]) << p[3] | ((b[t] >> p[5]) & p[6]) << p[7]);
+        }
+        for (long t = 0; t < here; t++)
+            for (long c = 0; c < channels; c++)
+                out[(first + t) * channels + c] = levels[c * most + room[c * TILE + t]];
         free(room);
     }
 }

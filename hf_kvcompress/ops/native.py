@@ -157,3 +157,17 @@ def paged_value_dot(
     _call("paged_value_dot", planes, shape, tensors, n, pages, channels, rows)
     del kept, tensors
     return out
+
+
+def channel_numbers(codes: torch.Tensor, parts: torch.Tensor, levels: torch.Tensor, out: torch.Tensor) -> None:
+    """Numbers of codes `[bytes, T]` whose R channels have bits of their own, into `out`, bfloat16 `[T, R]`.
+
+    codes: may be some tokens of longer rows. parts: int32 `[R, 2, 4]`; a code is the sum of two parts, each
+    `((byte >> shift) & mask) << lift`. levels: bfloat16 `[R, most]`, by code.
+    """
+    loaded, (channels, most), tokens = library(), levels.shape, codes.shape[1]
+    assert loaded is not None and codes.stride(1) == 1
+    threads = min(torch.get_num_threads(), out.numel() // SMALL + 1)
+    pointers = [_pointer(x) for x in (codes, parts, levels, out)]
+    sizes = [ctypes.c_long(x) for x in (codes.stride(0), tokens, channels, most)]
+    loaded.channel_numbers(*pointers, *sizes, ctypes.c_int(threads))

@@ -9,6 +9,7 @@ import torch
 from ..snapshots import Snapshot
 from .cache import PagedCache
 from .joining import holding, join, lengths, select
+from .resident import Resident
 from .room import Room
 from .sequences import EngineStats, Sequence
 
@@ -19,18 +20,19 @@ class Batch:
     Args:
         config: the model's.
         room: says what rows take in the pool.
+        resident: prefixes that are held beside the rows.
         stats: where peaks are noted.
     """
 
-    def __init__(self, config: Any, room: Room, stats: EngineStats):
-        self.config, self.room, self.stats = config, room, stats
+    def __init__(self, config: Any, room: Room, resident: Resident, stats: EngineStats):
+        self.config, self.room, self.resident, self.stats = config, room, resident, stats
         self.sequences: list[Sequence] = []
         self.cache: PagedCache | None = None
 
-    def add(self, sequence: Sequence, cache: PagedCache) -> None:
-        """Take in a sequence with its cache, which must not be used any more."""
+    def add(self, sequences: list[Sequence], cache: PagedCache) -> None:
+        """Take in sequences with a cache that has a row of each, which must not be used any more."""
         self.cache = cache if self.cache is None else join([self.cache, cache], self.config)
-        self.sequences.append(sequence)
+        self.sequences += sequences
         self.note_peak()
 
     def keep(self, rows: list[int]) -> None:
@@ -60,27 +62,28 @@ class Batch:
     def inputs(self) -> dict[str, torch.Tensor]:
         """Mask and positions of one more token for every row."""
         assert self.cache is not None
-        counts = lengths(self.cache)
-        longest = max(counts)
-        mask = [[0] * (longest - count) + [1] * (count + 1) for count in counts]
-        return {"attention_mask": torch.tensor(mask), "position_ids": torch.tensor(counts)[:, None]}
+        counts = torch.tensor(lengths(self.cache))[:, None]
+        longest = int(counts.max())
+        mask = (torch.arange(longest + 1) >= longest - counts).long()
+        return {"attention_mask": mask, "position_ids": counts}
 
     def step_need(self) -> int:
         """Blocks that one step may take: new entries, copies of entries that are shared, and empty ones."""
         if self.cache is None:
             return 0
-        total = self.room.empties if len(self.sequences) > 1 else 0
         counts = lengths(self.cache)
-        for count in counts:
-            total += self.room.blocks(count + 1) - self.room.blocks(count)
-        sealing = [self.room.seals(count + 1) for count in counts]
+        sealing = [row for row, count in enumerate(counts) if self.room.seals(count + 1)]
+        if not sealing:
+            return 0
+        total = self.room.empties if len(self.sequences) > 1 else 0
+        total += sum(self.room.blocks(counts[row] + 1) - self.room.blocks(counts[row]) for row in sealing)
         for _, layer in holding(self.cache):
             assert layer.storage is not None
             pages = layer.storage.pages
             for slab in getattr(pages, "slabs", []):
-                for row, run in enumerate(slab.table):
-                    if sealing[row] and run.holders > 1 and slab.start <= pages.counts[row] < slab.end:
-                        total += run.count
+                for row in sealing:
+                    if slab.start <= pages.counts[row] < slab.end and slab.table[row].holders > 1:
+                        total += slab.table[row].count
         return total
 
     def note_peak(self) -> None:
@@ -90,7 +93,9 @@ class Batch:
         """
         if self.cache is None:
             return
-        held = self.cache.nbytes
+        assert self.cache.pool is not None
+        windows = len(self.sequences) + len(self.resident)
+        held = self.cache.pool.used_blocks * self.cache.pool.block_bytes + windows * self.room.window_bytes
         if held > self.stats.peak_bytes:
             counts = lengths(self.cache)
             self.stats.peak_bytes = held

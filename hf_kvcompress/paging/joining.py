@@ -36,7 +36,7 @@ def join(caches: Sequence[PagedCache], config: Any) -> PagedCache:
         raise expect("caches", "caches of the same settings in the same pool", "others")
     for cache in caches:
         cache.commit()
-    made = type(first).from_settings(config, first.settings.to_dict(), pool=first.pool)
+    made = type(first).from_settings(config, first.settings.to_dict(), pool=first.pool, calibration=first.calibration)
     for index, layer in holding(made):
         _join_layer(layer, [cache.layers[index] for cache in caches], made)
     return made
@@ -46,7 +46,10 @@ def select(cache: PagedCache, rows: Sequence[int]) -> None:
     """Keep these rows, in this order, aligned at their ends again."""
     cache.batch_select_indices(torch.tensor(rows, dtype=torch.long))
     for _, layer in holding(cache):
-        _align(layer)
+        align(layer)
+        pages = layer.storage.pages if layer.storage is not None else None
+        if isinstance(pages, PagedStore) and pages.counts:
+            pages.truncate(0, pages.counts[0])  # entries that only rows which have gone had come to
 
 
 def lengths(cache: PagedCache) -> list[int]:
@@ -56,7 +59,7 @@ def lengths(cache: PagedCache) -> list[int]:
     return [] if storage is None else list(storage.positions.counts)
 
 
-def _align(layer: CompressedLayer) -> None:
+def align(layer: CompressedLayer) -> None:
     """Let all rows end at the same position, that of the longest."""
     assert layer.storage is not None
     positions = layer.storage.positions
@@ -92,7 +95,7 @@ def _join_layer(layer: CompressedLayer, parts: Sequence[CompressedLayer], made: 
         sums = [known.new_zeros(len(q.counts), *known.shape[1:]) if q.sums is None else q.sums for q in queries]
         storage.queries.sums = torch.cat(sums)
     _join_pages(storage.pages, [own.pages for own in storages])  # type: ignore[misc]
-    _align(layer)
+    align(layer)
 
 
 def _join_pages(pages: PagedStore, parts: Sequence[PagedStore]) -> None:

@@ -10,6 +10,8 @@ import torch
 from ..config import expect
 from .pool import GB, MB, BlockPool
 
+CPU_GB = 1.0  # of which a CPU engine takes `gpu_memory_utilization`, unless it is told
+
 
 def device_memory(device: torch.device) -> int:
     """Bytes of memory that a device has in all."""
@@ -96,3 +98,17 @@ def _bytes(argument: str, number: object, unit: int = GB) -> int:
     if isinstance(number, bool) or not isinstance(number, int | float) or int(number * unit) < 1:
         raise expect(argument, "a number above 0", number)
     return int(number * unit)
+
+
+def pool_within(device: torch.device, part: float, memory_gb: float | None, block: int, windows: int) -> BlockPool:
+    """A pool of blocks of `block` bytes in `memory_gb`, or in `part` of what is free, beside `windows` bytes.
+
+    Raises ValueError if that is not more than the windows take.
+    """
+    if memory_gb is None:
+        free = torch.cuda.mem_get_info(device)[0] / GB if device.type == "cuda" else CPU_GB
+        memory_gb = free * part
+    if memory_gb * GB < windows + block:
+        least = f"more than the {windows / GB:.3g} GB of the exact windows of max_batch rows"
+        raise expect("memory_gb", least, f"{memory_gb:.3g}")
+    return MemoryManager(device=device).allocate_pool("kv", memory_gb - windows / GB, block / MB)

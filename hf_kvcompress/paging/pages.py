@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from ..codecs.base import Codec, Packed
+from ..entries import EntryRun
 from ..pages import PageStore, Slab
-from .pool import BlockPool
+from .gather import Gatherer, key_of
+from .pool import BlockPool, PoolFullError, Run
 from .tables import BlockTable
 
-ENTRY_LENGTH = 128  # tokens of an entry at most: what a row wastes is less
+ENTRY_LENGTH = 64  # tokens of an entry at most: what a row wastes, or copies of a shared one, is less
 ALIGN = 64  # bytes that fields of a row begin at multiples of
 
 
@@ -135,11 +137,16 @@ class PagedStore(PageStore):
     """
 
     plain_slabs = True
+    gathers = True
     slabs: list[PagedSlab]  # type: ignore[assignment]
 
     def __init__(self, pool: BlockPool, *rest: Any):
         super().__init__(*rest)
         self.pool = pool
+        self.version = 0  # goes up when a table changes
+        self._gatherer: Gatherer | None = None
+        self.spare = BlockTable(pool)  # taken before a pass begins
+        self.undo: Callable[[], None] | None = None  # of what the pass in flight has changed, if it finds no room
         self._sealing: Sequence[int] = range(len(self.counts))
 
     @classmethod
@@ -158,13 +165,36 @@ class PagedStore(PageStore):
         """Add an empty slab of `capacity` tokens from token number `start` on, with blocks for rows that seal."""
         count = self.pool.blocks_for(layout(self.codecs, self.heads, capacity)[1])
         rows = set(self._sealing) & set(range(len(self.counts)))
-        own = iter(self.pool.take_rows(len(rows), count))
+        own = iter(self._take_rows(len(rows), count))
         runs = [next(own) if row in rows else self.pool.hold_empty(count) for row in range(len(self.counts))]
         table = BlockTable(self.pool, runs)
         slab = PagedSlab(start, capacity, table, self.codecs, self.heads, len(self.counts))
         for packed in slab.statistics.values():
             packed.update({name: t.to(self.device) for name, t in packed.items()})
         self.slabs.append(slab)
+        self.version += 1
+
+    def _take_rows(self, rows: int, count: int) -> list[Run]:
+        found: list[Run] = []
+        while len(found) < rows and (run := self.spare.hand_over(count)) is not None:
+            found.append(run)
+        return found + self.pool.take_rows(rows - len(found), count) if len(found) < rows else found
+
+    def reserve(self, runs: Mapping[int, int], empties: Iterable[int]) -> None:
+        """Take so many runs of each number of blocks now. Raises PoolFullError, and takes none, without the room."""
+        made = [run for count, number in runs.items() if number for run in self.pool.take_rows(number, count)]
+        made += [self.pool.hold_empty(count) for count in empties]
+        self.spare = BlockTable(self.pool, made)
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def entries(self) -> list[EntryRun] | None:
+        """All that the rows hold, read through the block table; None where slabs are read as they lie."""
+        if any(codec.wants_positions for codec in self.codecs.values()):
+            return None
+        if self._gatherer is None or self._gatherer.key != key_of(self):
+            self._gatherer = Gatherer(self)
+        return self._gatherer.runs(self)
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
@@ -173,6 +203,12 @@ class PagedStore(PageStore):
         self._sealing = rows
         try:
             super().seal(rows, *tokens, **more)
+            if all(map(self.pool.is_empty, self.spare)):  # nothing more will be sealed in this pass
+                self.spare.clear()
+        except PoolFullError:
+            if self.undo is not None:
+                self.undo()
+            raise
         finally:
             self._sealing = range(len(self.counts))
 
@@ -197,9 +233,10 @@ class PagedStore(PageStore):
         """Give rows blocks that nobody else holds."""
         held = list(slab.table)
         for row in rows:
-            slab.table.write(row)
+            slab.table.write(row, self.spare)
         if any(now is not before for now, before in zip(slab.table, held, strict=True)):
             slab.renew()
+            self.version += 1
 
     def write(self, slab: Slab, role: str, name: str, unit: int, data: torch.Tensor) -> None:
         """Copy packed entries `data` of a field into a slab, from entry number `unit` on."""
@@ -218,6 +255,8 @@ class PagedStore(PageStore):
         order, index = rows.tolist(), rows.to(self.device)
         self.counts = [self.counts[row] for row in order]
         self._sealing = range(len(order))
+        self.version += 1
+        self._gatherer = None  # it would hold what goes now
         for slab in self.slabs:
             slab.table.map(order)
             for packed in slab.statistics.values():
@@ -225,6 +264,20 @@ class PagedStore(PageStore):
             slab.renew()
         for history in self.histories.values():
             history.update({name: t.index_select(0, index) for name, t in history.items()})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "spare": BlockTable(self.pool), "undo": None, "_gatherer": None}  # are of one pass
+
+    def drop_before(self, token: int) -> None:
+        """Give back the slabs that end at or before token number `token`."""
+        if self.slabs and self.slabs[0].end <= token:
+            self._gatherer = None
+        super().drop_before(token)
+
+    def truncate(self, row: int, tokens: int) -> None:
+        """Forget a row's tokens from number `tokens` on (a multiple of the page size)."""
+        self._gatherer = None
+        super().truncate(row, tokens)
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """The slabs, which count themselves, and the histories."""

@@ -147,6 +147,10 @@ class BlockPool:
             self._empty[count] = run = self.take_rows(1, count)[0]
             return run
 
+    def is_empty(self, run: Run) -> bool:
+        """Whether it is the run that stands where rows have nothing."""
+        return self._empty.get(run.count) is run
+
     def hold(self, run: Run) -> Run:
         """Count one more holder of a run."""
         with self._lock:

@@ -30,19 +30,21 @@ class Room:
     ):
         self.layers = []
         self.token_bytes = 0  # of one token of all layers in the model's dtype
+        self.window_bytes = 0  # of what a row holds outside of the pool
         for index, layer in holding(cache):
             heads, *dims = shapes[index]
             self.layers.append(_Layer(layer.config, layer.sliding_window, heads, dims, dtype, block_bytes))
-            self.token_bytes += heads * sum(dims) * dtype.itemsize
+            token = heads * sum(dims) * dtype.itemsize
+            self.token_bytes += token
+            self.window_bytes += token * (self.layers[-1].exact + layer.config.tokens_per_page)
 
     def blocks(self, tokens: int) -> int:
         """Blocks of a row that has read so many tokens."""
         return sum(layer.blocks(tokens) for layer in self.layers)
 
-    @property
-    def entries(self) -> int:
-        """Blocks of one entry in every layer."""
-        return sum(layer.entry(ENTRY_LENGTH) for layer in self.layers)
+    def whole(self, tokens: int) -> int:
+        """Blocks of the entries that a prefix of so many tokens fills: rows that share it never write to them."""
+        return sum(layer.blocks(tokens, whole=True) for layer in self.layers)
 
     @property
     def empties(self) -> int:
@@ -67,7 +69,8 @@ class _Layer:
         }
         self._sizes: dict[int, int] = {}
 
-    def blocks(self, tokens: int) -> int:
+    def blocks(self, tokens: int, whole: bool = False) -> int:
+        """Blocks of all entries of a row of so many tokens, or of those that are full."""
         sealed, first = self.sealed(tokens), 0
         if self.window is not None:
             segment = max(SLIDING_SEGMENT, self.config.tokens_per_page)
@@ -75,7 +78,7 @@ class _Layer:
         total, at = 0, 0
         while at < sealed:
             end = at + min(ENTRY_LENGTH, self._segment_end(at) - at)
-            total += self.entry(end - at) if end > first else 0
+            total += self.entry(end - at) if end > first and (end <= sealed or not whole) else 0
             at = end
         return total
 

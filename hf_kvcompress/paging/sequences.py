@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..config import expect
+from ..showing import Shown
 from ..snapshots import Snapshot
 
 
@@ -34,6 +35,16 @@ class Sampling:
             raise expect("top_p", "a number above 0 and up to 1", self.top_p)
         if self.top_k < 0:
             raise expect("top_k", "a whole number of at least 0", self.top_k)
+
+    def choose_all(
+        self, logits: torch.Tensor, generators: list[torch.Generator], wanted: list[bool]
+    ) -> list[int | None]:
+        """The next token of every wanted row of logits `[B, V]`, drawn by its own generator; None of the others."""
+        if self.temperature == 0:
+            best = logits.argmax(-1).tolist()
+            return [token if want else None for token, want in zip(best, wanted, strict=True)]
+        rows = zip(logits, generators, wanted, strict=True)
+        return [self.choose(own, generator) if want else None for own, generator, want in rows]
 
     def choose(self, logits: torch.Tensor, generator: torch.Generator) -> int:
         """The next token from logits `[V]`."""
@@ -89,13 +100,15 @@ class Sequence:
 
 
 @dataclass
-class EngineStats:
+class EngineStats(Shown):
     """Counts since the engine was made; seconds are wall time."""
 
     generated: int = 0
     prompts: int = 0
     seconds: float = 0.0
     preemptions: int = 0
+    steps: int = 0
+    rows: int = 0  # summed over the steps
     first_token_seconds: list[float] = field(default_factory=list)
     token_seconds: list[float] = field(default_factory=list)
     peak_bytes: int = 0
@@ -122,9 +135,23 @@ class EngineStats:
             "token_seconds": _middle(self.token_seconds),
             "token_seconds_p95": _middle(self.token_seconds, 0.95),
             "preemptions": self.preemptions,
+            "rows_a_step": self.rows / self.steps if self.steps else 0.0,
             "peak_bytes": self.peak_bytes,
             "peak_dense_bytes": self.peak_dense_bytes,
         }
+
+    _index = "latency"
+    _bars = {"p95": ("95 %", 1.0), "p50": ("median", 1.0)}
+    _unit = "s"
+
+    def _title(self) -> str:
+        found = self.to_dict()
+        rate = f"{found['tokens_per_second']:,.1f} tokens/s"
+        return f"{self.prompts:,} prompts, {self.generated:,} tokens, {rate}, {self.peak_bytes / 2**20:,.1f} MB at most"
+
+    def _records(self) -> list[dict[str, float | str]]:
+        lists = {"first token": self.first_token_seconds, "each later token": self.token_seconds}
+        return [{"latency": n, "p50": _middle(own), "p95": _middle(own, 0.95)} for n, own in lists.items()]
 
 
 def _middle(numbers: list[float], part: float = 0.5) -> float:

@@ -108,12 +108,19 @@ class BlockTable:
         """Memory of an entry, `[bytes]` uint8; not to be written to."""
         return self.pool.bytes_of(self._runs[entry])
 
-    def write(self, entry: int) -> torch.Tensor:
-        """Memory of an entry that is this table's alone; copied first if it was shared."""
+    def hand_over(self, count: int) -> Run | None:
+        """An entry of `count` blocks for another table, which it belongs to from now on; None without one."""
+        for entry, run in enumerate(self._runs):
+            if run.count == count and run.holders == 1:
+                return self._runs.pop(entry)
+        return None
+
+    def write(self, entry: int, spare: BlockTable | None = None) -> torch.Tensor:
+        """Memory of an entry that is this table's alone; copied first if it was shared, into `spare` blocks if any."""
         self.pool.collect()
         run = self._runs[entry]
         if run.holders > 1:
-            own = self.pool.take(run.count)
+            own = (spare.hand_over(run.count) if spare is not None else None) or self.pool.take(run.count)
             self.pool.bytes_of(own).copy_(self.pool.bytes_of(run))
             self._runs[entry] = own
             self.pool.drop(run)

@@ -50,6 +50,7 @@ class Candidates:
         mass: attention that each candidate received so far, `[L, N]`, if the policy captures "mass".
         observers: the newest queries, if it captures "window".
         layer: number of the layer.
+        first_head: number in the whole model of the first of these heads, where a rank has a part of them.
     """
 
     def __init__(
@@ -62,8 +63,9 @@ class Candidates:
         mass: torch.Tensor | None = None,
         observers: Observers | None = None,
         layer: int = 0,
+        first_head: int = 0,
     ):
-        self.positions, self.heads, self.layer = positions, heads, layer
+        self.positions, self.heads, self.layer, self.first_head = positions, heads, layer, first_head
         self._keys, self._values, self._context = keys, values, context
         self.mass, self.observers = mass, observers
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.functional import silu
 
+from ..shards import first_head, is_part
 from .base import Candidates, Policy
 
 FORMAT = "hf_kvcompress.learned"
@@ -98,7 +99,7 @@ class LearnedWeights:
     def __init__(self, config: LearnedConfig, source: Mapping[int, Network] | Path):
         self.config, self.source = config, source
         self.name = source.name if isinstance(source, Path) else "weights"
-        self._ready: dict[tuple[int, torch.device], Network] = {}
+        self._ready: dict[tuple[int, int, int, torch.device], Network] = {}
 
     @staticmethod
     def open(path: str | Path) -> LearnedWeights:
@@ -127,17 +128,18 @@ class LearnedWeights:
         with safe_open(self.source, framework="pt") as file:
             return {part: file.get_tensor(_key(layer, part)).float() for part in PARTS}
 
-    def network(self, layer: int, device: torch.device) -> Network:
-        """Of one layer, on the device. Raises ValueError if the layer has none."""
-        self._shape(layer)
-        if (layer, device) not in self._ready:
-            self._ready[layer, device] = {part: tensor.to(device) for part, tensor in self._read(layer).items()}
-        return self._ready[layer, device]
+    def network(self, layer: int, heads: int, device: torch.device) -> Network:
+        """Of the heads of one layer that this process has, on the device. Raises ValueError if the layer has none."""
+        first = first_head(self._shape(layer)[0], heads)
+        key = layer, first, heads, device
+        if key not in self._ready:
+            self._ready[key] = {part: t[first : first + heads].to(device) for part, t in self._read(layer).items()}
+        return self._ready[key]
 
     def check(self, layer: int, heads: int, key_dim: int, value_dim: int) -> None:
-        """Raise ValueError unless the layer's network is for keys and values of this shape."""
+        """Raise ValueError unless the layer's network is for this shape, or these heads are a rank's part of it."""
         wanted, got = (heads, key_dim, value_dim), self._shape(layer)
-        if wanted != got:
+        if wanted != got and not (wanted[1:] == got[1:] and is_part(got[0], heads)):
             raise _refuse(f"{_words(wanted)} in layer {layer}", f"{_words(got)} in {self}")
 
     def check_layers(self, number: int) -> None:
@@ -202,7 +204,7 @@ class LearnedPolicy(Policy):
         ages = (newest - candidates.positions).clamp(max=self.config.max_age)
         x = features(keys, values, ages)  # [L, N, F]
         by_head = x.unflatten(0, (-1, heads)).transpose(0, 1).flatten(1, 2)  # [H, B * N, F]
-        scores = run_network(self._network(candidates.layer, x.device), by_head)
+        scores = run_network(self._network(candidates.layer, heads, x.device), by_head)
         return scores.unflatten(1, (-1, x.shape[1])).transpose(0, 1).flatten(0, 1)
 
     def __repr__(self) -> str:

@@ -22,7 +22,7 @@ class RandomPolicy(Policy):
     def score(self, candidates: Candidates) -> torch.Tensor:
         """A hash of position, lane and layer, in 0 .. 1."""
         lanes = torch.arange(candidates.positions.shape[0], device=candidates.positions.device)[:, None]
-        lanes = lanes % candidates.heads  # a row must choose as it would alone
+        lanes = lanes % candidates.heads + candidates.first_head  # a row, or a rank, must choose as it would alone
         x = candidates.positions * 2654435761 + lanes * 40503 + candidates.layer * 97 + self.seed * 1013904223
         for _ in range(2):  # xorshift-multiply, in 32 bits
             x = x & 0xFFFFFFFF

@@ -13,13 +13,14 @@ from .registry import make_policy
 
 UNITS = {"B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}
 HOST = "cpu"
+_OR = {"budget": ", tokens or a ratio"}
 
 
-def parse_bytes(text: str) -> int:
-    """Bytes of "64MB", "1.5 GB" ...: powers of 1024. Raises ValueError for anything else."""
+def parse_bytes(text: str, name: str = "budget") -> int:
+    """Bytes of "64MB", "1.5 GB" ...: powers of 1024. Raises ValueError, with `name`, for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)i?B\s*", text, re.IGNORECASE)
     if match is None:
-        raise ValueError(f"budget: expected bytes such as '64MB', tokens or a ratio, got {text!r}")
+        raise ValueError(f"{name}: expected bytes such as '64MB'{_OR.get(name, '')}, got {text!r}")
     return int(float(match[1]) * UNITS[match[2].upper() + "B"])
 
 
@@ -68,6 +69,9 @@ class EvictionConfig:
             every tier where there are several.
         hysteresis: part of a tier's places that tokens from below do not compete for, so that none go to and fro.
         fetch_pages: pages of the host tier that a pass reads, those with the highest bound on their scores.
+        keep_exact: bytes of host memory ("8MB") that each layer may take for copies of what it demotes, in the codes
+            of the first level, so that what comes back has lost nothing; the oldest go first. "auto": 8 MB where the
+            model is not in host memory itself, else nothing.
     """
 
     policy: str | Policy = "h2o"
@@ -87,6 +91,7 @@ class EvictionConfig:
     demote_budget: int | float | None | Sequence[int | float | None] = None
     hysteresis: float = 0.0
     fetch_pages: int = 4
+    keep_exact: int | str = 0
 
     def __post_init__(self) -> None:
         policy = self.make_policy()
@@ -115,6 +120,11 @@ class EvictionConfig:
         if self.merge and self.demote_to is not None:
             raise _refuse("merge", "False beside demote_to, which loses no token to be merged", self.merge)
         self._check_tiers()
+        if isinstance(self.keep_exact, str) and self.keep_exact != "auto":
+            object.__setattr__(self, "keep_exact", parse_bytes(self.keep_exact, "keep_exact"))
+        kept = self.keep_exact
+        if kept != "auto" and (isinstance(kept, bool) or not isinstance(kept, int) or kept < 0):
+            raise _refuse("keep_exact", "bytes, as a whole number or such as '8MB', or 'auto'", kept)
 
     def _check_tiers(self) -> None:
         tiers, budgets = self.demote_to, self.demote_budget

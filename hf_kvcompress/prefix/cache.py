@@ -11,6 +11,7 @@ import torch
 
 from ..cache import CompressedCache
 from ..config import choose, expect
+from ..showing import Shown
 from .batching import pad_between, prompts_of, rows_of
 from .hashing import Tokens, root_of
 from .ranking import HALF_LIFE, PRIORITIES, Ranking
@@ -21,7 +22,7 @@ from .tiers import Tier, open_tier
 GB = 2**30
 
 
-class PrefixCache:
+class PrefixCache(Shown):
     """Keeps compressed caches of prefixes and hands copies to prompts that begin with one.
 
     An entry is the state of a cache that has read the prefix and no token more, so a prompt that goes on from it gets
@@ -232,3 +233,12 @@ class PrefixCache:
             f"PrefixCache({len(self)} entries, {self.nbytes:,} of {self.store.max_bytes:,} bytes, "
             f"hit rate {self.hit_rate:.2f}, {self.store.ranking.policy})"
         )
+
+    _index = "key"
+    _bars = {"nbytes": ("held in memory", 1 / 2**20)}
+
+    def _title(self) -> str:
+        return repr(self)
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [dict(vars(entry)) for entry in self.store.entries()]

@@ -10,6 +10,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ..saving import write_atomically
@@ -67,7 +68,8 @@ class DiskTier(Tier):
                 if now - found.st_mtime > _STALE:
                     path.unlink(missing_ok=True)
             elif path.stem not in known:
-                self._note(path.stem, found.st_size, now)
+                with suppress(sqlite3.OperationalError):  # on a full disk it has to wait
+                    self._note(path.stem, found.st_size, now)
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
@@ -94,7 +96,7 @@ class DiskTier(Tier):
         except FileNotFoundError:  # another process evicted it
             self._delete(key)
             return None
-        with self._lock, self._index:
+        with suppress(sqlite3.OperationalError), self._lock, self._index:  # a full disk can still be read
             self._index.execute("UPDATE entries SET used = ? WHERE key = ?", (time.time(), key))
         return data
 
@@ -119,9 +121,9 @@ class DiskTier(Tier):
                 total -= nbytes
 
     def _forget(self, key: str) -> None:
+        self._path(key).unlink(missing_ok=True)  # first, since the index needs room to forget it on a full disk
         with self._index:
             self._index.execute("DELETE FROM entries WHERE key = ?", (key,))
-        self._path(key).unlink(missing_ok=True)
 
     def _delete(self, key: str) -> None:
         with self._lock:

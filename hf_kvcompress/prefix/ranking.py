@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -12,6 +14,9 @@ POLICIES = ("lru", "lfu", "adaptive")
 PRIORITIES = ("low", "normal", "high")
 WEIGHTS = {"recency_weight": 0.4, "frequency_weight": 0.3, "size_weight": 0.3}
 HALF_LIFE = 600.0  # seconds in which a use counts for half
+USES = 3  # the newest ones, whose times "adaptive" looks at
+GHOSTS = 4096  # evicted entries whose uses are remembered
+LEAST_SECONDS = 1e-6  # of an entry that took no time that could be measured
 
 
 @dataclass
@@ -20,6 +25,7 @@ class Usage:
 
     frequency: uses, each of which counts for half as much every `HALF_LIFE` seconds, as of `last_used`.
     seconds: what it took to compute, beyond the entry that it continues.
+    times: of the newest uses.
     """
 
     created: float
@@ -29,10 +35,12 @@ class Usage:
     hits: int = 0
     priority: str = "normal"
     pins: int = 0
+    times: tuple[float, ...] = ()
 
     def use(self, now: float, half_life: float) -> None:
         """Count one use."""
         self.frequency, self.last_used, self.hits = self.decayed(now, half_life) + 1, now, self.hits + 1
+        self.times = (*self.times, now)[-USES:]
 
     def decayed(self, now: float, half_life: float) -> float:
         return self.frequency * 0.5 ** (max(now - self.last_used, 0) / half_life)
@@ -53,9 +61,13 @@ Entry = TypeVar("Entry", bound=Ranked)
 class Ranking:
     """Orders entries by how little would be lost without them.
 
+    "adaptive" multiplies three parts, each to the power of its weight, as GreedyDual-Size-Frequency (Cherkasova 1998)
+    does: what the last use counts for, what the newest uses count for together, and the seconds that a byte of the
+    entry saves. A use counts `1 / (1 + age / half_life)`: unlike a power of two it lets no two old entries be equal.
+    An entry that was evicted and comes back has its uses back.
+
     Args:
-        policy: "lru" looks at the last use, "lfu" at the decayed frequency, "adaptive" at both and at the seconds that
-            a byte of the entry saves.
+        policy: "lru" looks at the last use, "lfu" at the decayed frequency, "adaptive" at the three parts.
         half_life: seconds in which a use counts for half.
     """
 
@@ -63,6 +75,7 @@ class Ranking:
         self.policy = choose("eviction_policy", policy, POLICIES)
         self.half_life = half_life
         self.weights = dict(WEIGHTS)
+        self._ghosts: OrderedDict[str, tuple[float, ...]] = OrderedDict()
 
     def configure(self, weights: Mapping[str, float]) -> None:
         """Set the weights of "adaptive", scaled to a sum of 1. Raises ValueError for unknown or negative ones."""
@@ -77,27 +90,38 @@ class Ranking:
 
     def first_to_go(self, entries: Sequence[Entry], now: float) -> Entry:
         """The entry to evict next: the lowest priority, and of those the lowest score."""
-        score = self._scorer(entries, now)
+        score = self._scorer(now)
         return min(entries, key=lambda entry: (PRIORITIES.index(entry.usage.priority), score(entry)))
 
-    def _scorer(self, entries: Sequence[Ranked], now: float) -> Callable[[Ranked], tuple[float, float]]:
+    def _scorer(self, now: float) -> Callable[[Ranked], tuple[float, float]]:
         if self.policy == "lru":
             return lambda entry: (entry.usage.last_used, 0.0)
         if self.policy == "lfu":
             return lambda entry: (entry.usage.decayed(now, self.half_life), entry.usage.last_used)
-        most = max((self._saved(entry) for entry in entries), default=0.0) or 1.0
-        often = max((entry.usage.decayed(now, self.half_life) for entry in entries), default=0.0) or 1.0
+        weights = self.weights
 
         def score(entry: Ranked) -> tuple[float, float]:
-            usage, weights = entry.usage, self.weights
-            recency = 0.5 ** (max(now - usage.last_used, 0) / self.half_life)
-            frequency = usage.decayed(now, self.half_life) / often
-            parts = (recency, frequency, self._saved(entry) / most)
-            return sum(w * part for w, part in zip(weights.values(), parts, strict=True)), usage.last_used
+            usage = entry.usage
+            recency = self._counts(usage.last_used, now)
+            frequency = sum(self._counts(time, now) for time in usage.times) or recency
+            saved = max(usage.seconds, LEAST_SECONDS) / max(entry.nbytes, 1)
+            parts = (recency, frequency, saved)
+            return sum(w * math.log(part) for w, part in zip(weights.values(), parts, strict=True)), usage.last_used
 
         return score
 
-    @staticmethod
-    def _saved(entry: Ranked) -> float:
-        """Seconds that a byte of the entry saves."""
-        return entry.usage.seconds / max(entry.nbytes, 1)
+    def _counts(self, time: float, now: float) -> float:
+        """What a use at `time` counts for."""
+        return 1 / (1 + max(now - time, 0) / self.half_life)
+
+    # -- what was evicted ----------------------------------------------------------------------------------------------
+
+    def remember(self, key: str, usage: Usage) -> None:
+        """Keep the times at which an entry that goes was used, of the last 4,096 that went."""
+        self._ghosts[key] = usage.times
+        if len(self._ghosts) > GHOSTS:
+            self._ghosts.popitem(last=False)
+
+    def recall(self, key: str, now: float) -> tuple[float, ...]:
+        """Times at which an entry that comes was used, this time included."""
+        return (*self._ghosts.pop(key, ()), now)[-USES:]

@@ -11,9 +11,10 @@ import torch
 
 from ..cache import CompressedCache
 from ..config import expect
-from ..fingerprints import of_codecs, of_model
+from ..fingerprints import of_calibration, of_codecs, of_model
 from ..layer import CompressedLayer
 from ..saving import FORMAT
+from ..shards import agree
 from .hashing import Tokens, root_of
 from .store import Lease, PrefixStore
 from .tree import Node, Origin
@@ -59,17 +60,19 @@ class PrefixReader:
             raise expect("model", "a decoder: an encoder reads a prefix and what follows together", config.model_type)
         self.model, self.tokenizer = model, tokenizer
         empty = self.new_cache()
+        calibrated = of_calibration(empty.settings, empty.calibration)
         told = {
             "format": FORMAT,
             "model": of_model(config),
             "name": getattr(config, "_name_or_path", None),
             "revision": self.revision or getattr(config, "_commit_hash", None),
             "dtype": str(model.dtype),
-            "settings": empty.settings.to_dict(),
+            "settings": empty.settings.to_dict() | empty.strategy(),
             "codecs": of_codecs(empty.settings),
+            "calibration": calibrated,
             "salt": self.salt,
         }
-        self.origin = Origin(root_of(told), empty.settings, empty.fingerprint)
+        self.origin = Origin(root_of(told), empty.settings, empty.fingerprint, calibrated)
         self.pads = all(type(layer) is CompressedLayer and not layer.is_sliding for layer in _with_tokens(empty))
         self._kept = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
@@ -111,7 +114,8 @@ class PrefixReader:
             cache, have, lease = self._begin(ids, keep)
             try:
                 self.store.stats.asked(have, len(ids) - have)
-                stops = {end, self.store.known(self.origin.root, ids[:end])} if keep else set()
+                known = self.store.known(self.origin.root, ids[:end]) if keep else 0
+                stops = {end, known if agree(self.model, known) else end} if keep else set()
                 for stop in sorted(stop for stop in stops if stop > have):
                     lease = self._read_on(cache, ids, have, stop, lease, priority, passes)
                     have = stop
@@ -128,6 +132,9 @@ class PrefixReader:
         cache = self.new_cache()
         lease = store.lease(self.origin.root, ids, self.partial)
         node, have = lease.node, lease.tokens
+        if not agree(self.model, have):  # the ranks of a model must read the same tokens
+            store.release(lease)
+            return cache, 0, Lease(None, 0)
         if node is None:
             return cache, 0, lease
         try:

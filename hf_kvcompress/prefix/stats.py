@@ -6,6 +6,8 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..showing import Shown
+
 if TYPE_CHECKING:
     from .tree import Node
 
@@ -43,7 +45,7 @@ class EntryStats:
 
 
 @dataclass
-class PrefixStats:
+class PrefixStats(Shown):
     """Counts since the store was made.
 
     hits: prompts of which at least one block was known; tokens_reused: tokens that were not computed again.
@@ -92,3 +94,17 @@ class PrefixStats:
         with self._lock:
             own = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         return {**own, "hit_rate": self.hit_rate, "token_hit_rate": self.token_hit_rate}
+
+    _index = "of"
+    _bars = {"part known": ("part known", 1.0)}
+    _unit = ""
+
+    def _title(self) -> str:
+        prompts = self.hits + self.misses
+        return f"{prompts:,} prompts, {self.tokens_reused:,} tokens reused, {self.evictions:,} evictions"
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [
+            {"of": "prompts", "known": self.hits, "new": self.misses, "part known": self.hit_rate},
+            {"of": "tokens", "known": self.tokens_reused, "new": self.tokens_read, "part known": self.token_hit_rate},
+        ]

@@ -163,7 +163,8 @@ class PrefixStore:
             new = node.state is None
             if new:
                 self.tree.put(node, state, origin, base, croppable)
-                node.usage = Usage(now, now, seconds, frequency=1.0, pins=node.usage.pins)
+                times = self.ranking.recall(node.key, now)
+                node.usage = Usage(now, now, seconds, frequency=1.0, pins=node.usage.pins, times=times)
             node.usage.priority = max(priority, node.usage.priority, key=PRIORITIES.index)
             lease = Lease(node, node.end)
             if new and self._hold_to_bound(node):
@@ -192,6 +193,7 @@ class PrefixStore:
             leaving = (node.key, node.all_tokens(), states, node.origin, node.usage, node.croppable)
             self._leaving.append(_Leaving(*leaving))
         self.stats.evicted()
+        self.ranking.remember(node.key, node.usage)
         self.tree.remove(node)
         node.state = None
 
@@ -223,7 +225,7 @@ class PrefixStore:
                 continue
             try:
                 header, tensors = unpack(data, f"{tier.name}, entry {key}")
-                check(header, config, dtype, f"{tier.name}, entry {key}")
+                check(header, config, dtype, f"{tier.name}, entry {key}", origin.calibration)
             except ValueError as error:
                 warnings.warn(f"{error}; it is deleted", RuntimeWarning, stacklevel=4)
                 tier.delete(key)
@@ -259,7 +261,7 @@ class PrefixStore:
                 continue
             state, origin = join(entry.chain), entry.origin
             extra = {"seconds": entry.usage.seconds, "croppable": entry.croppable}
-            header = {**header_of(state, origin.settings, origin.model), **extra}
+            header = {**header_of(state, origin.settings, origin.model, origin.calibration), **extra}
             data = pack(header, {**state.tensors, TOKENS: torch.tensor(entry.tokens)})
             for tier in wanting:
                 tier.put(entry.key, data)

@@ -16,11 +16,12 @@ TOKEN_BYTES = 8
 
 @dataclass(frozen=True)
 class Origin:
-    """Whose state it is: the root of its hashes, the settings of its cache and the fingerprint of its model."""
+    """Whose state it is: the root of its hashes, the settings of its cache, what its model and calibration are."""
 
     root: str
     settings: CacheConfig
     model: dict[str, Any] | None
+    calibration: str | None = None
 
 
 @dataclass(eq=False)

@@ -8,78 +8,31 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import DynamicCache, PreTrainedModel
 
-from ..attention import kvcompress_attention
-from ..enable import NAME as ENABLED
 from ..enable import enable
 from ..handles import source_of
-from ..masks import MaskPlan, kvcompress_mask
+from ..masks import MaskPlan
 from ..policies.base import Candidates, Policy
-
-NAME = "kvcompress-watch"
-
-
-@dataclass(frozen=True)
-class AttentionCall:
-    """What one layer's attention was called with in one pass; `extras` are soft caps, sink logits and the like."""
-
-    module: torch.nn.Module
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    mask: torch.Tensor | None
-    scaling: float
-    extras: dict[str, Any]
-
-    @property
-    def layer(self) -> int:
-        return int(self.module.layer_idx)  # type: ignore[arg-type]
-
-
-Watcher = Callable[[AttentionCall], None]
-_watcher: ContextVar[Watcher | None] = ContextVar("kvcompress-watch", default=None)
-
-
-def _watched_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """The "kvcompress" attention, which also shows the watcher what it is called with."""
-    watcher = _watcher.get()
-    if watcher is not None and isinstance(getattr(module, "layer_idx", None), int):
-        factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-        watcher(AttentionCall(module, query, key, value, attention_mask, factor, kwargs))
-    return kvcompress_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+from ..watching import AttentionCall, Watcher, shown_to
 
 
 @contextmanager
 def watching(model: PreTrainedModel, watcher: Watcher) -> Iterator[None]:
     """Show `watcher` every call of the model's attention; afterwards the model has the attention it had before."""
-    AttentionInterface.register(NAME, _watched_attention)  # not on import: that changes nothing but our own two names
-    AttentionMaskInterface.register(NAME, kvcompress_mask)
-    token = _watcher.set(watcher)
-    try:
-        with enable(model):
-            for module in model.modules():
-                if isinstance(module, PreTrainedModel) and module.config._attn_implementation_internal == ENABLED:
-                    module.config._attn_implementation_internal = NAME
-            yield
-    finally:
-        _watcher.reset(token)
+    own = set(model.modules())
+
+    def of_model(call: AttentionCall) -> None:
+        if call.module in own:
+            watcher(call)
+
+    with enable(model), shown_to(of_model):
+        yield
 
 
 class FutureAttention:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,10 +23,10 @@ class Prompt:
     def __init__(self, model: Any, ids: torch.Tensor):
         self.model, self.ids = model, ids.to(model.device)
         self.calls: list[AttentionCall] = []
+        cache = DynamicCache(config=model.config)
         with torch.inference_mode(), watching(model, self.calls.append):
-            model.base_model(
-                input_ids=self.ids[:, :-1], past_key_values=DynamicCache(config=model.config), use_cache=True
-            )
+            model.base_model(input_ids=self.ids[:, :-1], past_key_values=cache, use_cache=True)
+        self.is_whole = _made_of(cache, self.calls)
 
     @property
     def last(self) -> torch.Tensor:
@@ -35,17 +35,38 @@ class Prompt:
     @torch.inference_mode()
     def into(self, cache: Any) -> Any:
         """Put all but the last token into an empty cache; returns the cache."""
+        self._show(cache)
+        return cache
+
+    @torch.inference_mode()
+    def through(self, make_cache: Callable[[], Any]) -> Any:
+        """A new cache that has read all but the last token.
+
+        Where showing it the calls would not be the same as the model's own pass, the model reads the prompt again: it
+        keeps more than keys and values, or the cache gives the prompt's own queries other ones than it got.
+        """
+        cache = make_cache()
+        if self.is_whole and self._show(cache):
+            return cache
+        cache = make_cache()
+        self.model.base_model(input_ids=self.ids[:, :-1], past_key_values=cache, use_cache=True)
+        return cache
+
+    def _show(self, cache: Any) -> bool:
+        """Whether the calls' own queries were given the keys and values as they are. Layers of ours always do that."""
+        exact = True
         for call in self.calls:
             layer = cache.layers[call.layer] if call.layer < len(cache.layers) else None
             if not isinstance(layer, CompressedLayer):
-                cache.update(call.key, call.value, call.layer)
+                own = cache.update(call.key, call.value, call.layer)
+                exact &= all(map(torch.equal, own, (call.key, call.value)))
             elif layer.is_sliding and layer.config.sliding != "evict":  # its attention tells nobody anything
                 cache.update(call.key, call.value, call.layer)
                 layer.observe_queries(call.query, call.scaling)
                 layer.commit()
             else:
                 attend(cache, call)
-        return cache
+        return exact
 
     @torch.inference_mode()
     def future(self, texts: Sequence[torch.Tensor], step: int = 32) -> FutureAttention:
@@ -62,3 +83,16 @@ def attend(cache: Any, call: AttentionCall) -> torch.Tensor:
     return kvcompress_attention(call.module, call.query, keys, values, call.mask, scaling=call.scaling, **call.extras)[
         0
     ]
+
+
+def _made_of(cache: Any, calls: Sequence[AttentionCall]) -> bool:
+    """Whether a cache holds the keys and values of these calls, one call a layer, and nothing else."""
+    if [call.layer for call in calls] != list(range(len(cache.layers))):
+        return False
+    held = [[getattr(layer, name, None) for name in ("keys", "values")] for layer in cache.layers]
+    given = [(call.key, call.value) for call in calls]  # of which a sliding layer keeps the end
+    return all(
+        isinstance(own, torch.Tensor) and torch.equal(own, right[:, :, right.shape[2] - own.shape[2] :])
+        for layer, call in zip(held, given, strict=True)
+        for own, right in zip(layer, call, strict=True)
+    )

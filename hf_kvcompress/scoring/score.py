@@ -15,6 +15,8 @@ from ..environment import synchronize
 
 MakeCache = Callable[[], Any]
 OnTokens = Callable[[int], None]
+#: takes logits `[1, V]` and gives the next token
+Choose = Callable[[torch.Tensor], int]
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Decoded:
-    """Greedy decoding through one cache: the new token ids and how long each forward took."""
+    """Greedy decoding through one cache: the new token ids and how long each forward took, in seconds.
+
+    prefill_seconds: 0 where the cache held the prompt already.
+    """
 
     tokens: list[int]
     cache: Any = field(repr=False)
@@ -65,7 +70,7 @@ class Decoded:
     @property
     def prefill_rate(self) -> float:
         """Prompt tokens a second."""
-        return self.prefill_tokens / self.prefill_seconds
+        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else math.inf
 
     @property
     def decode_rate(self) -> float:
@@ -84,6 +89,7 @@ def score(
     prefill_step: int | None = None,
     reference: Score | None = None,
     on_tokens: OnTokens | None = None,
+    prefilled: bool = False,
 ) -> Score:
     """Prefill a prompt, feed the text after it through the same cache, and score every token of that text.
 
@@ -99,6 +105,7 @@ def score(
         prefill_step: tokens of a forward of the prompt; None takes all of it at once.
         reference: the uncompressed score of the same text. Without it this score is a reference and keeps its logits.
         on_tokens: called with the number of tokens of each finished forward.
+        prefilled: `make_cache` gives a cache that holds the prompt already (`Prompt.through`).
 
     Raises:
         ValueError: `input_ids` is not one row, or a length does not fit.
@@ -109,7 +116,8 @@ def score(
         held = "no logits" if reference.logits is None else f"{len(reference.logits)} positions"
         raise ValueError(f"reference: expected the logits of {len(targets)} positions, got {held}")
     device, cache = input_ids.device, make_cache()
-    prefill_seconds, _ = _prefill(model, input_ids[:, :prompt_length], cache, prefill_step, on_tokens)
+    prompt = input_ids[:, :prompt_length]
+    prefill_seconds = 0.0 if prefilled else _prefill(model, prompt, cache, prefill_step, on_tokens)
 
     nll, kl, agree, kept = [], [], [], []
     feed_seconds = 0.0
@@ -143,6 +151,11 @@ def score(
     )
 
 
+def greedy(logits: torch.Tensor) -> int:
+    """The most likely token."""
+    return int(logits.argmax(-1))
+
+
 @torch.inference_mode()
 def decode(
     model: Any,
@@ -151,46 +164,48 @@ def decode(
     make_cache: MakeCache,
     new_tokens: int,
     on_tokens: OnTokens | None = None,
+    prefilled: bool = False,
+    choose: Choose = greedy,
 ) -> Decoded:
-    """Prefill `prompt`, then feed `question` through the cache and decode greedily.
+    """Prefill `prompt`, then feed `question` through the cache and decode.
 
     The question comes after the prompt was compressed, so its answer can only be read from the compressed prompt.
 
     Args:
         prompt: `[1, T]`; question: `[1, Q]`.
         new_tokens: tokens to decode; generation does not stop at an end-of-text token, so that speeds compare.
+        prefilled: `make_cache` gives a cache that holds the prompt already (`Prompt.through`).
+        choose: the next token from logits `[1, V]`; greedy by default.
     """
     if question.ndim != 2 or question.shape[1] == 0:
         raise ValueError(f"question: expected a [1, Q] tensor with Q > 0, got {tuple(question.shape)}")
     cache = make_cache()
-    prefill_seconds, _ = _prefill(model, prompt, cache, None, on_tokens)
+    prefill_seconds = 0.0 if prefilled else _prefill(model, prompt, cache, None, on_tokens)
     logits = model(input_ids=question, past_key_values=cache, use_cache=True).logits[:, -1]
-    tokens, seconds = [int(logits.argmax(-1))], []
+    tokens, seconds = [choose(logits)], []
     while len(tokens) < new_tokens:
         begun = time.perf_counter()
         next_id = torch.tensor([[tokens[-1]]], device=prompt.device)
         logits = model(input_ids=next_id, past_key_values=cache, use_cache=True).logits[:, -1]
-        tokens.append(int(logits.argmax(-1)))  # waits for the device
+        tokens.append(choose(logits))  # waits for the device
         seconds.append(time.perf_counter() - begun)
         if on_tokens:
             on_tokens(1)
     return Decoded(tokens, cache, prefill_seconds, prompt.shape[1], seconds)
 
 
-def _prefill(
-    model: Any, prompt: torch.Tensor, cache: Any, step: int | None, on_tokens: OnTokens | None
-) -> tuple[float, torch.Tensor]:
-    """Feed the prompt; return the seconds taken and the logits of its last token."""
+def _prefill(model: Any, prompt: torch.Tensor, cache: Any, step: int | None, on_tokens: OnTokens | None) -> float:
+    """Feed the prompt; return the seconds taken."""
     # the logits of a whole prompt can be larger than the model: ask for the last ones only, where the model can
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     synchronize(prompt.device)
     begun = time.perf_counter()
     for chunk in prompt.split(step or prompt.shape[1], dim=1):
-        logits = model(input_ids=chunk, past_key_values=cache, use_cache=True, **last_only).logits[:, -1]
+        model(input_ids=chunk, past_key_values=cache, use_cache=True, **last_only)
         if on_tokens:
             on_tokens(chunk.shape[1])
     synchronize(prompt.device)
-    return time.perf_counter() - begun, logits
+    return time.perf_counter() - begun
 
 
 def _check(input_ids: torch.Tensor, prompt_length: int, step: int, prefill_step: int | None) -> int:

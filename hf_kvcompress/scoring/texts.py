@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ import torch
 PROSE = ("execmodel", "customization", "attribute-access", "compound", "import", "typesseq", "types")
 #: Modules of the standard library, as text.
 CODE = ("argparse", "dataclasses", "textwrap", "heapq")
+#: Modules for calibrations: none of those that are scored.
+CALIBRATION_CODE = ("tarfile", "difflib", "inspect", "logging", "ast") + (
+    ("csv", "shutil", "statistics", "random", "fractions")
+)
 
 
 def standard_text(name: str = "prose") -> str:
@@ -28,6 +33,25 @@ def standard_text(name: str = "prose") -> str:
     if name == "code":
         return "\n\n".join(inspect.getsource(__import__(module)) for module in CODE)
     raise ValueError(f"name: expected 'prose' or 'code', got {name!r}")
+
+
+def calibration_texts() -> list[str]:
+    """What a model is calibrated on by default: the rest of the Python manual, and other modules of the library.
+
+    No paragraph of `standard_text` is in them, so that it stays a text that a calibration has not seen.
+    """
+    from pydoc_data.topics import topics
+
+    scored = {_words(part) for part in standard_text().split("\n\n")}
+    others = (part for topic in sorted(topics) if topic not in PROSE for part in topics[topic].split("\n\n"))
+    manual = dict.fromkeys(part for part in others if _words(part) not in scored)  # topics repeat each other
+    code = (inspect.getsource(importlib.import_module(module)) for module in CALIBRATION_CODE)
+    return ["\n\n".join(manual), "\n\n".join(code)]
+
+
+def _words(text: str) -> str:
+    """The text without its layout: topics indent and break the same paragraph differently."""
+    return " ".join(text.split())
 
 
 def read_text(path: str | Path) -> str:

@@ -23,7 +23,8 @@ def make_store(codec: str = "int8", batch: int = 1, rotary: Any = ROTARY, local:
     codecs = [make_codec(codec, role, DIM, **sizes) for role in ("key", "value")]
     sharing = Sharing(Clusters(ClusterSettings(**settings)), rotary)
     segment = 128 if local else None
-    return ClusteredPages(*codecs, batch, HEADS, torch.device("cpu"), segment, FIRST, sharing, 0, lambda row: 0)
+    rest = *codecs, batch, HEADS, torch.device("cpu"), segment, FIRST
+    return ClusteredPages(sharing, 0, lambda row: 0, *rest)
 
 
 def make_plain(codec: str = "int8", batch: int = 1, local: bool = False) -> PageStore:

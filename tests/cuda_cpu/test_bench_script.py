@@ -20,8 +20,10 @@ def test_the_script_runs(tmp_path):
     assert (theirs["cache"], ours["cache"]) == ("DynamicCache", "tiny")
     assert 0 < ours["bytes"] < theirs["bytes"] / 5, "what is read is packed, in a model of 32-bit floats"
     assert ours["waits"] == "" and ours["step_ms"] > 0
+    strategies = {"DynamicCache", "eqrot4", "CPACCache", "HierarchicalCache", "TransformCache"}
+    assert {row["cache"] for row in found["overhead"]} == strategies
     assert found["packing"] and {row["cache"] for row in found["generate"]} == {"DynamicCache", "tiny"}
-    assert not any("error" in row for part in ("attention", "packing", "generate") for row in found[part])
+    assert not any("error" in row for part in ("attention", "packing", "overhead", "generate") for row in found[part])
 
 
 def test_without_a_gpu_it_says_so():

@@ -25,3 +25,14 @@ def copy_of(config):
 
 def shuffled(config):
     return ShuffledKeys(config=config)
+
+
+class TooLarge(DynamicCache):
+    """Does not fit."""
+
+    def update(self, *args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee the documentation.")
+
+
+def too_large(config):
+    return TooLarge(config=config)

@@ -128,12 +128,17 @@ def test_two_runs_agree_and_bounds_run_beside_them(tiny):
     [
         ("balanced", "random:budget=0.25,codec=identity"),
         ("snapkv:budget=0.5,policy_options.window_size=8,recent=0.1", "random:budget=0.5,recent=0.1"),
-        ("TOVACache:budget=128", "random:budget=128,keys=eqrot4,values=eqrot4"),
-        ("H2OCache:budget=1MB,codec=int8", "random:budget=1048576B,keys=int8,values=int8"),
+        ("TOVACache:budget=128", "random:budget=128,codec=eqrot4"),
+        ("TOVACache:budget=128,values=int4", "random:budget=128,keys=eqrot4,values=int4"),
+        ("H2OCache:budget=1MB,codec=int8", "random:budget=1048576B,codec=int8,max_tokens=4096"),
+        ("H2OCache:heavy_ratio=0.25,recent_ratio=0.25", "random:budget=0.5,codec=eqrot4,max_tokens=4096"),
+        ("HierarchicalCache:ratio=0.25", "random:budget=0.25,codec=identity"),  # it drops nothing: as for a codec
     ],
 )
 def test_bounds_keep_what_the_cache_keeps(tiny, spec, bound):
-    assert str(bounds_of([CacheSpec.parse(spec)], tiny[0].config)[0]) == bound
+    first, second = bounds_of([CacheSpec.parse(spec)], tiny[0].config)
+    assert str(first) == bound and str(second) == bound.replace("random", "streaming")
+    assert first.entrant(tiny[0].config).make() is not None
 
 
 class Killed(BaseException):

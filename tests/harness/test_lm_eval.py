@@ -169,14 +169,28 @@ def test_a_mistake_is_one_sentence(tiny, local, capfd):
     assert result.exit_code == 2 and "did you mean 'balanced'" in result.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    "task, message",
+    [
+        ("output_type: [\n", "Tasks not found: mistaken"),
+        ("dataset_kwargs:\n  data_files: missing.jsonl\noutput_type: loglikelihood_rolling\ntest_split: train\n"
+         "doc_to_text: ''\ndoc_to_target: '{{x}}'\n", "missing.jsonl"),
+    ],
+)  # fmt: skip
+def test_a_task_file_with_a_mistake_is_one_sentence(tiny, tmp_path, local, task, message):
+    (tmp_path / "mistaken.yaml").write_text(f"task: mistaken\ndataset_path: json\n{task}")
+    own = ["--include_path", str(tmp_path), "--device", "cpu", "--batch_size", "1"]
+    result = run("--model_args", f"pretrained={tiny},cache=none", "--tasks", "mistaken", *own)
+    assert result.exit_code == 2 and message in result.stderr.splitlines()[-1]
+
+
 def test_two_processes_share_the_requests(tiny, tmp_path, local):
     arguments = ["--model_args", f"pretrained={tiny},cache=int4,max_length=2048", "--tasks", "kvcompress_facts",
                  "--limit", "5", "--log_samples", *LOCAL]  # fmt: skip
-    before = dict(os.environ)
     assert run(*arguments, "--output_path", str(tmp_path / "1")).exit_code == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launch, "-m", "hf_kvcompress", "lm-eval", "run", *arguments, "--output_path", str(tmp_path / "2")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=before)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=dict(os.environ))
     assert done.returncode == 0, done.stderr[-2000:]
     found = []
     for folder in (tmp_path / "1", tmp_path / "2"):

@@ -1,14 +1,10 @@
 """Plots, pandas and HTML of a report."""
 
 import pytest
-import torch
 
-from hf_kvcompress import CompressedCache
 from hf_kvcompress.harness import Report
-from hf_kvcompress.harness.plots import front, save_plots
+from hf_kvcompress.harness.plots import front, save_plots, side_by_side
 from hf_kvcompress.harness.specs import BASELINE
-
-from ..tiny_model import tiny_llama
 
 CACHES = {BASELINE: (400, 0.0, 10.0), "a": (100, 0.01, 12.0), "b": (50, 0.1, 15.0), "c": (120, 0.2, 9.0)}
 
@@ -53,23 +49,16 @@ def test_plots_are_written(report, tmp_path):
         report.plot("tasks")
 
 
+def test_plots_side_by_side_share_markers_and_a_legend(report):
+    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
+    figure = side_by_side(report, [("KL", "MB"), ("decode tok/s", "MB")])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(CACHES)
+    left, right = ([c.lines[0].get_marker() for c in axes.containers] for axes in figure.axes)
+    assert left == right[1:] and len(set(right)) == len(CACHES) and not figure.axes[0].texts
+
+
 def test_a_report_as_a_data_frame(report):
     pytest.importorskip("pandas", reason="pandas is not installed")
     frame = report.to_pandas()
     assert list(frame.index) == list(CACHES)
     assert frame.loc["b", "KL"] == pytest.approx(0.15) and frame.loc["b", "decode tok/s std"] == 0
-
-
-def test_stats_of_a_cache_as_frame_and_plot():
-    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
-    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
-    model = tiny_llama()
-    cache = CompressedCache(model.config, codec="int4")
-    with torch.inference_mode():
-        model(torch.arange(200)[None], past_key_values=cache)
-    stats = cache.stats()
-    frame = stats.to_pandas()
-    assert isinstance(frame, pandas.DataFrame) and list(frame.index) == [0, 1]
-    assert frame["bytes_held"].sum() <= stats["nbytes"] and set(frame["keys"]) == {"int4"}
-    bars = stats.plot().axes[0].patches
-    assert len(bars) == 4 and bars[2].get_height() == pytest.approx(frame["bytes_held"][0] / 2**20)

@@ -23,7 +23,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
     sizes = [f"--size={name}={value}" for name, value in SIZES.items()]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launch, "-m", "hf_kvcompress", "eval", "--model", folder, "--cache", "int4", *sizes]
-    command += ["--tasks", "needle", "--task-length", "400", "--out", str(out)]
+    command += ["--tasks", "needle", "--task-length", "400", "--output-dir", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=dict(os.environ))
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("| int4 |") == 2, "the first process prints, and only that one"

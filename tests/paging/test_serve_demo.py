@@ -29,7 +29,7 @@ def test_prompts_are_served_and_prefixes_reused(tiny: str, tmp_path: Path) -> No
     assert report["memory_savings"] > 0.5 and "prompt tokens reused" in result.output
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one line\n\nanother line\n")
-    plain = ["--prompts", str(prompts), "--no-enable-paging", "--no-enable-prefix-cache", "--codec", "identity"]
+    plain = ["--prompts-file", str(prompts), "--no-enable-paging", "--no-enable-prefix-cache", "--codec", "identity"]
     result = CliRunner().invoke(cli.build(), ["serve-demo", "--model", tiny, "--max-tokens", "4", *plain])
     assert result.exit_code == 0 and "2 prompts" in result.output, result.output
 

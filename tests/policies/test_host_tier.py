@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import hf_kvcompress as kvc
-from hf_kvcompress.tiers import Tail, _bounds
+from hf_kvcompress.host_tier import bounds_of
+from hf_kvcompress.tiers import Tail
 
 from ..conformance.factories import SMALL
 from ..tiny_model import tiny_llama
@@ -39,7 +40,7 @@ def test_bounds_are_never_inside_what_they_bound(dtype: torch.dtype) -> None:
             keys = tail.pages.codecs["key"].decode(tail.pages.packed(block, "key")).flatten(1, 3)
             pages = keys.unflatten(1, (-1, tail.pages.page_size))
             held = (block.positions >= 0).unflatten(1, (-1, tail.pages.page_size))[..., None]
-            bounds = _bounds(block)
+            bounds = bounds_of(block)
             low, high = bounds.low.float()[:, :, None], bounds.high.float()[:, :, None]
             assert bool(((pages >= low) | ~held).all()) and bool(((pages <= high) | ~held).all())
             assert bool((bounds.high.float() - pages.amax(2) < 0.01 * pages.abs().amax() + 1e-6).all())
@@ -67,11 +68,11 @@ def test_a_draft_that_is_taken_back_marks_no_page_as_read() -> None:
     cache.activate_past_recording()
 
     def hot() -> list[torch.Tensor]:
-        return [_bounds(block).hot.clone() for tail in tails(cache) for block in tail.pages.blocks]
+        return [bounds_of(block).hot.clone() for tail in tails(cache) for block in tail.pages.blocks]
 
     for tail in tails(cache):
         for block in tail.pages.blocks:
-            _bounds(block).hot.zero_()
+            bounds_of(block).hot.zero_()
     ids = torch.randint(0, 64, (1, 5), generator=torch.Generator().manual_seed(2))
     with kvc.enable(model), torch.no_grad():
         model(ids, past_key_values=cache)

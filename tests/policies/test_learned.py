@@ -142,8 +142,8 @@ def test_training_lowers_the_loss_and_is_repeatable(tiny, trained):
     again = train_policy(tiny, byte_tokenizer(), [TEXT], **SMALL)
     device = torch.device("cpu")
     for layer in (0, 1):
-        for part, tensor in trained.weights.network(layer, device).items():
-            assert torch.equal(tensor, again.weights.network(layer, device)[part])
+        for part, tensor in trained.weights.network(layer, 2, device).items():
+            assert torch.equal(tensor, again.weights.network(layer, 2, device)[part])
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_scores_are_each_head_s_own_and_only_ages_count():
     policy, asked = LearnedPolicy(weights), candidates()
     scores = policy.score(asked)
     assert scores.shape == (6, 20)
-    network = weights.network(0, torch.device("cpu"))
+    network = weights.network(0, 2, torch.device("cpu"))
     for lane in range(6):
         x = features(asked.keys[lane], asked.values[lane], 23 - asked.positions[lane])
         own = {name: tensor[lane % 2] for name, tensor in network.items()}
@@ -283,7 +283,7 @@ def test_copied_and_saved_caches_go_on(tiny, tmp_path, in_memory):
 def test_command_writes_a_file_that_a_cache_takes(tmp_path, tiny):
     folder, file, text = save_tiny(tmp_path / "model"), tmp_path / "policy.safetensors", tmp_path / "text.txt"
     text.write_text(TEXT)
-    arguments = ["--model", folder, "--text", text, "--out", file, "--tokens", 4096, "--length", 512, "--epochs", 1]
+    arguments = ["--model", folder, "--text", text, "--output", file, "--tokens", 4096, "--length", 512, "--epochs", 1]
     result = CliRunner().invoke(cli.build(), ["train-policy", *map(str, arguments)])
     assert result.exit_code == 0, result.output
     assert "rank, H2O" in result.output and "LearnedCache" in result.output

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_kvcompress.prefix.cache import PrefixCache
-from hf_kvcompress.prefix.ranking import Ranking, Usage
+from hf_kvcompress.prefix.ranking import GHOSTS, Ranking, Usage
 
 from .helpers import TOLERANCE, by_itself, by_store, prefix_cache, text
 
@@ -67,6 +67,40 @@ def test_adaptive_weighs_recency_frequency_and_cost_a_byte() -> None:
     high.usage.priority = "high"
     assert _order(Ranking("lru", 100), [high, *entries, low], 1000)[0] == "low"
     assert _order(Ranking("lru", 100), [high, *entries, low], 1000)[-1] == "high"
+
+
+def test_adaptive_multiplies_its_parts_by_the_power_of_their_weights() -> None:
+    """With weights of .6 and .4 an entry of 8 times the cost a byte may be 1 + 3 half-lives old, and not much more."""
+    ranking = Ranking("adaptive", 100)
+    ranking.configure({"recency_weight": 0.6, "frequency_weight": 0, "size_weight": 0.4})
+    new = _used("new", [1000], seconds=1)
+    limit = 100 * (8 ** (0.4 / 0.6) - 1)
+    for age, first in ((limit * 0.99, "new"), (limit * 1.01, "costly")):
+        assert _order(ranking, [new, _used("costly", [1000 - age], seconds=8)], 1000)[0] == first
+    unknown = _used("took no time", [1000], seconds=0)
+    assert _order(Ranking("adaptive", 100), [new, unknown], 1000)[0] == "took no time"
+
+
+def test_old_entries_are_told_apart() -> None:
+    """After many half-lives a power of two would be 0 for both."""
+    entries = [_used("once", [20.0]), _used("thrice", [10.0, 10.0, 10.0])]
+    assert _order(Ranking("adaptive", 1), entries, 1e6) == ["once", "thrice"]
+
+
+def test_uses_are_remembered_when_an_entry_comes_back() -> None:
+    ranking = Ranking("adaptive", 100)
+    ranking.remember("a", _used("a", [1, 2, 3, 4]).usage)
+    assert ranking.recall("a", 9) == (3, 4, 9) and ranking.recall("a", 9) == (9,)
+    for number in range(GHOSTS + 1):
+        ranking.remember(str(number), _used("b", [number]).usage)
+    assert ranking.recall("0", 1e4) == (1e4,) and ranking.recall("1", 1e4) == (1, 1e4)
+    store = prefix_cache(eviction_policy="adaptive", max_cache_size_gb=_room(1.2), clock=Clock())
+    for _ in range(3):
+        by_store(store, text(64, 1) + [1], steps=0)
+    store.add_prefix(text(64, 2))  # puts the other one out
+    assert [len(node.usage.times) for node in store.store.tree.nodes()] == [1]
+    store.add_prefix(text(64, 1))
+    assert [len(node.usage.times) for node in store.store.tree.nodes()] == [3]
 
 
 def test_bad_weights_are_named() -> None:

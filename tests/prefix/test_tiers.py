@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -19,42 +17,28 @@ from typing import Any
 import pytest
 import torch
 
-from hf_kvcompress.prefix import disk
 from hf_kvcompress.prefix.disk import DiskTier
 from hf_kvcompress.prefix.tiers import BACK_OFF, Tier, open_tier
 
+from ..redis_server import RedisServer, installed
 from .helpers import by_itself, by_store, prefix_cache, text
 
 KEYS = [f"{number:032x}" for number in range(20)]
 
 
-@pytest.fixture(scope="module")
-def redis_url() -> Iterator[str]:
-    server = shutil.which("redis-server")
-    if server is None:
-        pytest.skip("redis-server is not installed: the Redis tier is not tested")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [server, "--port", str(port), "--save", "", "--appendonly", "no", "--bind", "127.0.0.1"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    try:
-        for _ in range(100):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.05)
-        yield f"redis://127.0.0.1:{port}/0"
-    finally:
-        process.terminate()
-        process.wait()
+@pytest.fixture
+def redis_server() -> Iterator[RedisServer]:
+    if installed() is None:
+        pytest.skip("no redis-server is installed: the Redis tier is not tested")
+    with RedisServer() as server:
+        yield server
 
 
 @pytest.fixture(params=["disk", "memory", "file", "redis"])
 def tier(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Tier]:
     where: Any = tmp_path / "tier"
     if request.param == "redis":
-        where = request.getfixturevalue("redis_url")
+        where = request.getfixturevalue("redis_server").url
     elif request.param != "disk":
         where = f"{request.param}://{tmp_path}/tier"
     opened = open_tier(where)
@@ -166,32 +150,24 @@ def test_a_full_disk_or_a_lost_server_costs_a_warning() -> None:
     assert len(store) == 1 and store.hit_rate > 0.5 and tier.failures == 1
 
 
-def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = prefix_cache(disk=tmp_path)
-    store.add_prefix(text(64))
-
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(disk, "write_atomically", full)
-    with pytest.warns(RuntimeWarning, match="could not store a prefix .*No space left"):
-        store.add_prefix(text(64, 1))
-    assert len(store) == 2  # nothing lost in memory
-    monkeypatch.undo()
-    store.store.tiers[0]._silent_until = 0.0
-    store.add_prefix(text(64, 2))
-    assert len(DiskTier(tmp_path).keys()) == 2
-
-
-def test_a_redis_that_goes_away() -> None:
-    """Nobody listens at the port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    store = prefix_cache(remote=f"redis://127.0.0.1:{port}/0")
-    with pytest.warns(RuntimeWarning, match="redis tier redis://127.0.0.1.*going on without it"):
-        prefix_id = store.add_prefix(text(64))
-    assert store.generate_with_prefix(prefix_id, [1, 2], max_tokens=3, do_sample=False).shape == (1, 3)
+def test_a_redis_that_goes_away_and_comes_back(redis_server: RedisServer) -> None:
+    """Killed in the middle: answers go on, with one warning, and the server is used again when it is back."""
+    store = prefix_cache(remote=redis_server.url)
+    first = store.add_prefix(text(64))
+    other = prefix_cache(remote=redis_server.url)
+    assert by_store(other, text(64) + [1], steps=0)[1] == 64  # it is really in the server
+    expected = other.generate_with_prefix(other.add_prefix(text(64)), [1, 2], max_tokens=3, do_sample=False)
+    redis_server.kill()
+    with pytest.warns(RuntimeWarning, match="redis tier redis://127.0.0.1.*going on without it") as warned:
+        second = store.add_prefix(text(64, 1))
+        got = store.generate_with_prefix(first, [1, 2], max_tokens=3, do_sample=False)
+    assert torch.equal(got, expected) and len(store) == 2 and store.hit_rate > 0
+    assert sum("going on without it" in str(one.message) for one in warned) == 1
+    redis_server.start()
+    (tier,) = store.store.tiers
+    tier._silent_until = 0.0  # the 30 seconds are over
+    store.store.persist(store.reader.origin.root, store.prefix_tokens(second))
+    assert tier.failures == 1 and by_store(prefix_cache(remote=redis_server.url), text(64, 1) + [1], steps=0)[1] == 64
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------
@@ -241,6 +217,48 @@ def test_a_file_that_vanishes_while_the_folder_is_opened(tmp_path: Path, monkeyp
     vanished = tmp_path / "ab" / ".x.part"  # renamed by another process between listing and looking
     monkeypatch.setattr(Path, "glob", lambda *_: [vanished])
     assert DiskTier(tmp_path).get(KEYS[0]) == b"zero"
+
+
+SIZE = 300_000  # bytes of an entry: more than one write of the system
+OVERWRITER = f"""
+import sys
+from hf_kvcompress.prefix.disk import DiskTier
+tier = DiskTier(sys.argv[1], max_bytes={6 * SIZE})
+print("open", flush=True)
+for turn in range(100000):
+    tier.put(f"{{turn % 8:032x}}", bytes([turn % 251]) * {SIZE})
+"""
+
+
+def test_processes_and_threads_share_a_folder(tmp_path: Path) -> None:
+    """Two processes write the same names over and over, with room for six of eight; threads read whole entries only."""
+    command = [sys.executable, "-c", OVERWRITER, str(tmp_path)]
+    writers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    tier, torn, whole = DiskTier(tmp_path), [], []
+    try:
+        for writer in writers:
+            assert writer.stdout is not None and writer.stdout.readline() == "open\n"
+
+        def read(number: int) -> None:
+            end = time.monotonic() + 3
+            while time.monotonic() < end:
+                for key in KEYS[number::2][:4]:
+                    data = tier.get(key)
+                    if data is not None:
+                        (whole if data == data[:1] * SIZE else torn).append(data[:1])
+
+        threads = [threading.Thread(target=read, args=(number,)) for number in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert all(writer.poll() is None for writer in writers), "a writer has died"
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.wait()
+    assert not torn and len(set(whole)) > 5 and tier.failures == 0
+    assert tier.nbytes <= 7 * SIZE  # the bound, and what a writer had just put
 
 
 def test_threads_share_a_folder(tmp_path: Path) -> None:

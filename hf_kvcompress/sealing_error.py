@@ -26,7 +26,7 @@ class Store(Protocol):
     def read_row(self, row: int, start: int, end: int) -> tuple[torch.Tensor, ...]: ...
 
 
-class Monitor:
+class SealingMonitor:
     """Samples sealed tokens and compares them with what they decode to.
 
     Args:
