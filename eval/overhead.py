@@ -1,9 +1,11 @@
-"""What structured strategies cost on one core beside their codec, without a model: storing, reading, short texts.
+"""What structured strategies cost on one core beside their codec, without a model.
 
     OMP_NUM_THREADS=1 python eval/overhead.py --json results/overhead.json
+    OMP_NUM_THREADS=1 python eval/overhead.py --parts layer --tokens 1024
 
 Times are processor time of this process, and both sides of a ratio are measured in turn, so other work on the machine
-blurs them little. Storing: 2,048 tokens of a layer at once, and 512 more by 32 (pages sealed, levels held to their
+blurs them little. Layer: what `bench_gpu.py` measures on a GPU, 1,000 tokens, a page and a step of one layer of
+Llama-8B's shape. Storing: 2,048 tokens of a layer at once, and 512 more by 32 (pages sealed, levels held to their
 parts). Reading: attention of a decode step, and of 31 queries, over pages that are shared. Short: a text of 112 tokens
 beside transformers' `DynamicCache`.
 """
@@ -21,6 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_gpu import COLUMNS, table
+from gpu import overhead
+from gpu.timing import Bench
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import hf_kvcompress as kvc
@@ -66,6 +71,21 @@ def repeated(rows: int = 1, tokens: int = 2048, share: float = 0.45) -> Pair:
     for x in (keys, values):
         x[:, :, -size:] = x[:, :, 10 : 10 + size]
     return turn.apply(keys, torch.arange(tokens)), values
+
+
+# -- one layer ---------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def layer(tokens: int, rounds: int) -> list[dict[str, Any]]:
+    """Every strategy beside its codec on drawn numbers, medians; the last letters of a column are its unit."""
+    bench = Bench(torch.device("cpu"), False, time.perf_counter() + 3600)
+    found = [list(overhead.run(bench, seed, (tokens,))) for seed in range(rounds)]
+    times = ("_ms", "_1000", "_more")
+    return [
+        {key: statistics.median(row[key] for row in same) if key.endswith(times) else same[0][key] for key in same[0]}
+        for same in zip(*found, strict=True)
+    ]
 
 
 # -- storing -----------------------------------------------------------------------------------------------------------
@@ -158,28 +178,51 @@ def short(rounds: int = 5) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    warnings.filterwarnings("ignore", "importance")
+def storing_rows() -> list[dict[str, Any]]:
+    """CPAC with and without content that repeats, tiers with and without exact copies."""
     random, twice = random_pair(1, PROMPT + STEPS), repeated(tokens=PROMPT + STEPS)
     plain = lambda: kvc.CompressedCache(CONFIG)  # noqa: E731
     tiers = lambda: kvc.HierarchicalCache(CONFIG, weights={"magnitude": 1})  # noqa: E731
     kept = lambda: kvc.HierarchicalCache(CONFIG, weights={"magnitude": 1}, keep_exact="64MB")  # noqa: E731
-    rows: list[dict[str, Any]] = [
+    return [
         storing("CPAC, nothing repeats", lambda: kvc.CPACCache(CONFIG), plain, random),
         storing("CPAC, 45 % repeats", lambda: kvc.CPACCache(CONFIG), plain, twice),
         storing("HierarchicalCache", tiers, plain, random),
         storing("HierarchicalCache, keep_exact", kept, plain, random),
     ]
+
+
+def reading_rows() -> list[dict[str, Any]]:
+    """Rows of one template, and a text of which a part comes twice."""
     contents = {"six rows, one template": template(), "45 % twice": repeated()}
-    rows += [reading(name, pair, queries) for name, pair in contents.items() for queries in (1, 31)]
-    rows.append(short())
-    for row in rows:
-        print("  ".join(f"{k}: {v:.2f}" if isinstance(v, float) else f"{k}: {v}" for k, v in row.items()))
+    return [reading(name, pair, queries) for name, pair in contents.items() for queries in (1, 31)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = ("layer", "storing", "reading", "short")
+    parser.add_argument("--parts", nargs="*", choices=parts, default=parts)
+    parser.add_argument("--tokens", type=int, default=4096, help="of the prompt of the part layer")
+    parser.add_argument("--repeat", type=int, default=1, help="of the part layer")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", "importance")
+    found: dict[str, list[dict[str, Any]]] = {}
+    if "layer" in args.parts:
+        found["layer"] = layer(args.tokens, args.repeat)
+        print(table(found["layer"], COLUMNS["overhead"]))
+    others: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "storing": storing_rows,
+        "reading": reading_rows,
+        "short": lambda: [short()],
+    }
+    for name, run in others.items():
+        if name in args.parts:
+            found[name] = run()
+            for row in found[name]:
+                print("  ".join(f"{k}: {v:.2f}" if isinstance(v, float) else f"{k}: {v}" for k, v in row.items()))
     if args.json is not None:
-        args.json.write_text(json.dumps(rows, indent=1))
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
