@@ -16,9 +16,11 @@ from transformers import DynamicCache
 
 from .calibration import LEVELS, Calibration, CalibrationConfig, describe_rotation, model_type, refuse
 from .codecs.channel_bits import MOST_BITS
+from .enable import watching
 from .rotary import Rotary, rotary_of
-from .scoring.oracle import AttentionCall, attention_weights, watching
+from .scoring.oracle import attention_weights
 from .shapes import LayerShape, layer_shapes
+from .watching import AttentionCall
 
 FAR = 16  # tokens nearer to a query are exact when it reads them
 SINKS = 4

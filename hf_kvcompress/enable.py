@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,6 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from .attention import kvcompress_attention
 from .masks import kvcompress_mask
+from .watching import AttentionCall, Watcher, shown_to
 
 NAME = "kvcompress"
 
@@ -82,3 +84,16 @@ def disable(model: PreTrainedModel) -> None:
         config._attn_implementation_internal = implementation
     if not stack:
         del _previous[model]
+
+
+@contextmanager
+def watching(model: PreTrainedModel, watcher: Watcher) -> Iterator[None]:
+    """Show `watcher` every call of the model's attention; afterwards the model has the attention it had before."""
+    own = set(model.modules())
+
+    def of_model(call: AttentionCall) -> None:
+        if call.module in own:
+            watcher(call)
+
+    with enable(model), shown_to(of_model):
+        yield

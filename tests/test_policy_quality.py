@@ -12,9 +12,10 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import hf_kvcompress as kvc
+from hf_kvcompress.enable import watching
 from hf_kvcompress.integrations.recall_model import load_recall_model, prefill, recall
 from hf_kvcompress.integrations.recall_tasks import TASKS
-from hf_kvcompress.scoring.oracle import FutureAttention, OraclePolicy, future_attention, watching
+from hf_kvcompress.scoring.oracle import FutureAttention, OraclePolicy, future_attention
 
 SEEDS = range(4)
 SETTINGS = {"codec": "identity", "page_size": 8, "residual_length": 8, "sink_length": 4, "recent": 0.25}

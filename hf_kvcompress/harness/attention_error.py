@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from ..scoring.oracle import AttentionCall, watching
+from ..enable import watching
 from ..scoring.replay import Prompt, attend
+from ..watching import AttentionCall
 
 
 class AttentionProbe:

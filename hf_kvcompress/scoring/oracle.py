@@ -8,31 +8,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from ..enable import enable
+from ..enable import watching
 from ..handles import source_of
 from ..masks import MaskPlan
 from ..policies.base import Candidates, Policy
-from ..watching import AttentionCall, Watcher, shown_to
-
-
-@contextmanager
-def watching(model: PreTrainedModel, watcher: Watcher) -> Iterator[None]:
-    """Show `watcher` every call of the model's attention; afterwards the model has the attention it had before."""
-    own = set(model.modules())
-
-    def of_model(call: AttentionCall) -> None:
-        if call.module in own:
-            watcher(call)
-
-    with enable(model), shown_to(of_model):
-        yield
+from ..watching import AttentionCall
 
 
 class FutureAttention:

@@ -9,8 +9,10 @@ import torch
 from transformers import DynamicCache
 
 from ..attention import kvcompress_attention
+from ..enable import watching
 from ..layer import CompressedLayer
-from .oracle import AttentionCall, FutureAttention, future_attention, watching
+from ..watching import AttentionCall
+from .oracle import FutureAttention, future_attention
 
 
 class Prompt:

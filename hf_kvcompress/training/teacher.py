@@ -8,22 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import PreTrainedModel
 
-from ..attention import kvcompress_attention
-from ..enable import NAME as ENABLED
-from ..enable import enable
-from ..masks import kvcompress_mask
+from ..enable import watching
 from ..shapes import LayerShape
+from ..watching import AttentionCall
 
-NAME = "kvcompress-teacher"
 Target = Literal["mass", "error"]
 INTERVAL = 128  # queries that are summed; cuts lie between intervals
 HORIZON = 512  # queries after a cut that say what a token is worth
@@ -79,23 +73,24 @@ class _Collector:
         self.passage: Passage | None = None
         self.found: dict[int, Lesson] = {}
 
-    def take(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, extras: Any
-    ) -> None:
-        shape, passage = self.layers[layer], self.passage
+    def take(self, call: AttentionCall) -> None:
+        """A watcher of the model's attention."""
+        if call.layer not in self.layers:
+            return
+        shape, passage, key, value = self.layers[call.layer], self.passage, call.key, call.value
         got = (key.shape[1], key.shape[3], value.shape[3])
         if got != (shape.heads, shape.key_dim, shape.value_dim):
-            raise ValueError(f"model: expected keys and values in layer {layer} as a cache stores them, got {got}")
+            raise ValueError(f"model: expected keys and values in layer {call.layer} as a cache stores them, got {got}")
         assert passage is not None
-        query, key, value = query[0].float() * scaling, key[0], value[0]
-        mass, worth = _intervals(query, key.float(), value.float(), shape.window, self.target, extras)
+        query, key, value = call.query[0].float() * call.scaling, key[0], value[0]
+        mass, worth = _intervals(query, key.float(), value.float(), shape.window, self.target, call.extras)
         ends = [math.ceil(end / INTERVAL) for end in passage.ends]
         cuts = [cut // INTERVAL for cut in passage.cuts]
         later = [
             worth[cut:end].sum(0) / (last - first)
             for cut, end, first, last in zip(cuts, ends, passage.cuts, passage.ends, strict=True)
         ]
-        self.found[layer] = Lesson(
+        self.found[call.layer] = Lesson(
             key.clone(),
             value.clone(),
             passage.cuts,
@@ -147,44 +142,6 @@ def _softmax(scores: torch.Tensor, seen: torch.Tensor, extras: Any) -> torch.Ten
     return torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
 
 
-_collector: ContextVar[_Collector | None] = ContextVar("kvcompress-teacher", default=None)
-
-
-def _teacher_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """The "kvcompress" attention, which also shows the collector what it computes with."""
-    collector, layer = _collector.get(), getattr(module, "layer_idx", None)
-    if collector is not None and isinstance(layer, int) and layer in collector.layers:
-        factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-        collector.take(layer, query, key, value, factor, kwargs)
-    return kvcompress_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-
-
-AttentionInterface.register(NAME, _teacher_attention)
-AttentionMaskInterface.register(NAME, kvcompress_mask)
-
-
-@contextmanager
-def _listening(model: PreTrainedModel, collector: _Collector) -> Iterator[None]:
-    """The model's attention shows `collector` what it sees; afterwards it is what it was."""
-    token = _collector.set(collector)
-    try:
-        with enable(model):
-            for module in model.modules():
-                if isinstance(module, PreTrainedModel) and module.config._attn_implementation_internal == ENABLED:
-                    module.config._attn_implementation_internal = NAME
-            yield
-    finally:
-        _collector.reset(token)
-
-
 def lessons(
     model: PreTrainedModel, passages: Sequence[Passage], layers: Sequence[LayerShape], target: Target
 ) -> Iterator[dict[int, Lesson]]:
@@ -196,7 +153,7 @@ def lessons(
     collector = _Collector(layers, target)
     for passage in passages:
         collector.passage, collector.found = passage, {}
-        with _listening(model, collector), torch.no_grad():
+        with watching(model, collector.take), torch.no_grad():
             model.base_model(input_ids=passage.ids.to(model.device), use_cache=False)
         missing = sorted(set(collector.layers) - set(collector.found))
         if missing:

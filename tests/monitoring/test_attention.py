@@ -5,7 +5,8 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, GptOssConfig, GptOssForCausalLM
 
 import hf_kvcompress as kvc
-from hf_kvcompress.scoring.oracle import attention_weights, watching
+from hf_kvcompress.enable import watching
+from hf_kvcompress.scoring.oracle import attention_weights
 
 from .helpers import PROMPT, SMALL, compressed, generate, model, plain, prompt
 
