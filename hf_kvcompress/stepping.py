@@ -11,6 +11,7 @@ from .codecs.registry import FAMILIES, parse
 from .lanes import LanePages
 from .pages import PageStore
 from .storage import LayerStorage
+from .storage_parts import codecs_of, copies_of
 
 LAST = ("int8", "identity")  # when a family has no more bits
 
@@ -38,10 +39,11 @@ def step_back(storage: LayerStorage) -> tuple[str, str] | None:
     storage.config = replace(storage.config, keys=names[0], values=names[1])
     if storage.evictor is not None:
         storage.evictor.config = storage.config
-    codecs = storage.make_codecs()
+    codecs = codecs_of(storage)
     if isinstance(old, LanePages):
+        assert storage.evictor is not None
         storage.pages = _lanes_again(storage, old, codecs)
-        storage.copies = storage.make_copies(storage.pages)  # the old ones are in the old codes
+        storage.copies = copies_of(storage, storage.evictor.settings)  # the old ones are in the old codes
     else:
         storage.pages = _pages_again(old, codecs)
     return names[0], names[1]

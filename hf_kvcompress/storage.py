@@ -10,19 +10,18 @@ import torch
 from .clustered.importance import newest_queries
 from .clustered.shared import Sharing
 from .clustered.store import ClusteredPages
-from .codecs.base import Codec, CodecContext, Role
-from .codecs.registry import make_codec
+from .codecs.base import CodecContext
 from .config import LayerConfig
 from .eviction import Evictor
-from .exact_copies import AUTO_BYTES, ExactCopies
+from .exact_copies import ExactCopies
 from .lanes import LanePages
 from .observation import Observation
 from .pages import PageStore
-from .policies.settings import HOST, EvictionConfig
 from .positions import Positions
 from .queries import QueryStatistics
 from .sealing_error import SealingMonitor
 from .shards import first_head
+from .storage_parts import codecs_of, copies_of, tail_of
 from .tiers import Tail
 from .window import ExactWindow, Parts
 
@@ -61,59 +60,27 @@ class LayerStorage:
         self.dims = {"key": key_dim, "value": values.shape[-1]}
         sinks = config.sink_length if sliding_window is None else 0
         room = config.residual_length + config.tokens_per_page  # what comes on top is sealed before it is stored
-        codecs = self.make_codecs()
+        codecs = codecs_of(self)
         evicts = config.eviction is not None and (sliding_window is None or config.sliding == "evict")
         first = first_head(self.context.heads or heads, heads)
         self.evictor = Evictor(config, index, batch, heads, sliding_window, first) if evicts else None
         mass = self.evictor is not None and self.evictor.wants_mass
         self.window = ExactWindow(batch, heads, key_dim, values.shape[-1], sinks, room, self.dtype, self.device, mass)
+        self.positions = Positions(batch)
         self.pages: PageStore | LanePages
         self.tail: Tail | None = None
         self.copies: ExactCopies | None = None  # of what is in the tail
         if self.evictor is not None:
             self.pages = LanePages(*codecs, batch, heads, self.device, mass, self.first_position)
-            self.tail = self._tail(self.evictor.settings, batch, heads)
-            self.copies = self.make_copies(self.pages)
+            self.tail = tail_of(self, self.evictor.settings, mass)
+            self.copies = copies_of(self, self.evictor.settings)
         else:
             segment = max(SLIDING_SEGMENT, config.tokens_per_page) if sliding_window is not None else None
             made = *codecs, batch, heads, self.device, segment, sinks
             self.pages = PageStore(*made)
             if sharing is not None:
                 self.pages = ClusteredPages(sharing, index, self.first_position, *made)
-        self.positions = Positions(batch)
         self.queries = QueryStatistics(batch, heads, codecs[0].wants_query_moment)
-
-    def _tail(self, settings: EvictionConfig, batch: int, heads: int) -> Tail | None:
-        """The tiers below the first one, each behind the one above it."""
-        mass, tail = self.window.mass is not None, None
-        above = [(self.config.keys, self.config.values), *((name, name) for name in settings.tiers)]
-        for number, name in reversed(list(enumerate(settings.tiers))):
-            keys, values = above[number] if name == HOST else (name, name)  # codes keep their meaning in host memory
-            codecs = self._codec(keys, "key"), self._codec(values, "value")
-            host, pages = name == HOST, settings.fetch_pages
-            tail = Tail(*codecs, batch, heads, self.device, mass, host, pages, self.first_position, tail)
-        return tail
-
-    def make_copies(self, pages: LanePages) -> ExactCopies | None:
-        """Room for copies of what leaves the first level, if there is to be any."""
-        assert self.evictor is not None
-        limit = self.evictor.settings.keep_exact
-        if limit == "auto":
-            limit = 0 if self.device.type == "cpu" else AUTO_BYTES
-        if not limit or not self.config.token_wise or self.tail is None or self.tail.host:  # its codes are not touched
-            return None
-        return ExactCopies(pages.codecs, pages.batch, pages.heads, int(limit), pages.track_mass, self.first_position)
-
-    def make_codecs(self) -> tuple[Codec, Codec]:
-        """Codecs of keys and values, as the settings have them."""
-        return self._codec(self.config.keys, "key"), self._codec(self.config.values, "value")
-
-    def _codec(self, name: str, role: Role) -> Codec:
-        page_size, group_size = self.config.tokens_per_page, self.config.group_size
-        sizes = {"page_size": page_size, "group_size": group_size}
-        made = make_codec(name, role, self.dims[role], **sizes, dtype=self.dtype, context=self.context)
-        made.compute_dtype = torch.bfloat16 if self.dtype.itemsize == 2 else torch.float32
-        return made
 
     @property
     def batch(self) -> int:

@@ -28,6 +28,7 @@ LAYERS = [
     {"chunk"},
     {"reading", "masks", "handles", "mass", "watching"},
     {"storage"},
+    {"storage_parts"},
     {"eviction", "observation"},
     {"tables"},
     {"merging", "tiers"},

@@ -110,5 +110,5 @@ def pool_within(device: torch.device, part: float, memory_gb: float | None, bloc
         memory_gb = free * part
     if memory_gb * GB < windows + block:
         least = f"more than the {windows / GB:.3g} GB of the exact windows of max_batch rows"
-        raise expect("memory_gb", least, f"{memory_gb:.3g}")
+        raise expect("memory_gb", least, memory_gb)
     return MemoryManager(device=device).allocate_pool("kv", memory_gb - windows / GB, block / MB)

@@ -38,7 +38,7 @@ def test_bad_arguments_are_told(tiny: str) -> None:
     for options, message in (
         (["--block-size", "12"], "block_size: expected one of"),
         (["--codec", "nosuch"], "codec: expected one of"),
-        (["--memory-gb", "1e-9"], "block_size_mb: expected at most the pool's"),
+        (["--memory-gb", "1e-9"], "memory_gb: expected more than the"),
     ):
         result = CliRunner().invoke(cli.build(), ["serve-demo", "--model", tiny, *options])
         assert result.exit_code == 2 and message in " ".join(result.output.split()), result.output
