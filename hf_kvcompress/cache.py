@@ -26,11 +26,11 @@ from .hybrid_layer import CompressedHybridLayer
 from .layer import CompressedLayer
 from .masks import MaskPlan
 from .measure import tensor_bytes
-from .planner import ByteShares
 from .policies.layer_budgets import layer_weights
 from .portable import Portable
 from .sealing_error import ReconstructionError, SealingMonitor
 from .shards import ranks
+from .shares import ByteShares
 from .stats import CacheStats, LayerStats
 
 

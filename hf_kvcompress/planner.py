@@ -6,7 +6,7 @@ layers with full attention only, which hold nearly everything in a long context;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,24 +16,12 @@ import torch
 from .calibration import Calibration
 from .config import DEFAULT_POLICY, NO_POLICY, CacheConfig, LayerConfig, expect
 from .contexts import context_of
-from .footprint import dense_bytes, evicts, largest, layer_bytes, tokens_for_bytes
-from .plans import LayerPlan, Plan
-from .policies.layer_budgets import layer_weights
+from .footprint import largest
+from .plans import Plan
 from .policies.registry import make_policy
 from .policies.settings import EvictionConfig, parse_bytes
 from .shapes import LayerShape, layer_shapes
-
-__all__ = [
-    "BudgetError",
-    "ByteShares",
-    "LayerPlan",
-    "Plan",
-    "describe",
-    "layer_bytes",
-    "plan",
-    "share_bytes",
-    "tokens_for_bytes",
-]
+from .shares import ENDLESS, BudgetError, layer_plan, shapes_of, token_weights
 
 #: codecs that keep every token, mildest first; none below the last is ever planned
 LEVELS = ("identity", "int8", "eqrot4", "eqrot3")
@@ -42,16 +30,6 @@ CALIBRATED_LEVELS = (*LEVELS, "pca2/eqrot3", "pca2/eqrot2")
 #: codecs beside eviction: of full layers, and of sliding ones, which only quantization makes smaller
 EVICTING = (("eqrot4", "eqrot4"), ("eqrot4", "eqrot3"), ("eqrot3", "eqrot3"))
 FEW = 0.1  # part of the tokens below which fewer bits are tried before fewer tokens
-BOUNDARY_WEIGHT = 1.5  # share of the first and the last full layer
-ENDLESS = 1 << 40  # tokens
-
-
-class BudgetError(ValueError):
-    """No plan holds to the budget; `smallest` is the least number of bytes that one does."""
-
-    def __init__(self, message: str, smallest: int):
-        super().__init__(message)
-        self.smallest = smallest
 
 
 def plan(
@@ -134,126 +112,12 @@ def describe(
     budget_bytes: int | None = None,
 ) -> Plan:
     """What a cache with these settings holds after `context` tokens, layer by layer, as a `Plan`."""
-    shapes = _shapes(config)
-    layers = tuple(_layer_plan(shape, settings.for_layer(shape.layer), context, batch, dtype) for shape in shapes)
+    shapes = shapes_of(config)
+    layers = tuple(layer_plan(shape, settings.for_layer(shape.layer), context, batch, dtype) for shape in shapes)
     return Plan(settings, layers, context, batch, dtype, budget_bytes)
 
 
-class ByteShares:
-    """Bytes of every layer that evicts, by batch size and dtype: `share_bytes`, worked out once for each.
-
-    Under tensor parallelism they are bytes of a rank, which has one part in `parts` of every layer's heads.
-
-    Args:
-        config: the model's config.
-        settings: with `budget_bytes` set.
-    """
-
-    def __init__(self, config: Any, settings: CacheConfig):
-        self.config, self.settings = config, settings
-        text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-        self.query_heads: int | None = getattr(text, "num_attention_heads", None)
-        self._known: dict[tuple[int, torch.dtype, int], dict[int, int]] = {}
-
-    def __call__(self, batch: int, dtype: torch.dtype, parts: int = 1) -> dict[int, int]:
-        if (batch, dtype, parts) not in self._known:
-            shapes = tuple(
-                replace(s, heads=s.heads // parts, query_heads=s.query_heads // parts) for s in _shapes(self.config)
-            )
-            shares = share_bytes(shapes, self.settings, batch, dtype)
-            if self.settings.layer_budget != "uniform":
-                even = sum(shares.values()) / max(len(shares), 1)
-                weights = layer_weights(self.settings.layer_budget, len(shares))
-                shares = {index: int(even * weight) for index, weight in zip(sorted(shares), weights, strict=True)}
-            self._known[batch, dtype, parts] = shares
-        return self._known[batch, dtype, parts]
-
-
-def share_bytes(config: Any, settings: CacheConfig, batch: int, dtype: torch.dtype) -> dict[int, int]:
-    """Bytes of each layer that evicts, of a whole cache that may hold `settings.budget_bytes`.
-
-    Layers that keep all their tokens first get what their window takes, and layers with a budget in tokens what that
-    takes. The rest goes to the others, with more tokens for the first and the last layer of full attention.
-
-    Raises ValueError naming budget if it cannot hold, or if a layer that keeps everything would grow without end.
-    """
-    total = settings.budget_bytes
-    if total is None:
-        raise expect("settings", "a budget in bytes", None)
-    shapes, fixed = _shapes(config), 0
-    sharing: list[tuple[LayerShape, LayerConfig]] = []
-    for shape in shapes:
-        layer = settings.for_layer(shape.layer)
-        if shape.packed and evicts(layer, shape.window):
-            assert layer.eviction is not None
-            if layer.eviction.budget is None:
-                sharing.append((shape, layer))
-                continue
-            if isinstance(layer.eviction.budget, float):
-                ratio = layer.eviction.budget
-                raise expect(f"layers[{shape.layer}]", "tokens as budget beside a budget in bytes", ratio)
-        elif shape.kind == "full":
-            name = f"layers[{shape.layer}]"
-            raise ValueError(f"budget: expected a policy in every layer with full attention, got none in {name}")
-        fixed += _layer_plan(shape, layer, ENDLESS, batch, dtype).nbytes
-    if not sharing:
-        return {}
-    weights = _weights([shape for shape, _ in sharing])
-
-    def divided(tokens: int) -> dict[int, int]:
-        kept = {shape.layer: max(int(tokens * weights[shape.layer]), layer.least_budget) for shape, layer in sharing}
-        return {shape.layer: _bytes(shape, layer, kept[shape.layer], batch, dtype) for shape, layer in sharing}
-
-    def holds(tokens: int) -> bool:
-        return fixed + sum(divided(tokens).values()) <= total
-
-    if not holds(0):
-        smallest = fixed + sum(divided(0).values())
-        raise BudgetError(f"budget: expected at least {smallest:,} bytes for batch {batch}, got {total:,}", smallest)
-    high = 1
-    while holds(high):
-        high *= 2
-    return divided(largest(holds, high // 2, high))
-
-
 # -- sizes -------------------------------------------------------------------------------------------------------------
-
-
-def _shapes(config: Any) -> Sequence[LayerShape]:
-    return config if isinstance(config, tuple) else layer_shapes(config)
-
-
-def _bytes(shape: LayerShape, layer: LayerConfig, tokens: int, batch: int, dtype: torch.dtype) -> int:
-    return layer_bytes(
-        layer,
-        tokens,
-        key_dim=shape.key_dim,
-        value_dim=shape.value_dim,
-        heads=shape.heads,
-        batch=batch,
-        dtype=dtype,
-        query_heads=shape.query_heads,
-        sliding_window=shape.window,
-    )
-
-
-def _layer_plan(shape: LayerShape, layer: LayerConfig, context: int, batch: int, dtype: torch.dtype) -> LayerPlan:
-    held = shape.tokens_at(context)
-    uncompressed = dense_bytes(held, shape.key_dim, shape.value_dim, shape.heads, batch, dtype)
-    if not shape.packed or (shape.window is not None and layer.sliding == "exact"):
-        # transformers' sliding layer keeps the last step's whole tensor alive, one token more than it needs
-        kept = held if shape.window is None or context < shape.window else shape.window
-        own = dense_bytes(kept, shape.key_dim, shape.value_dim, shape.heads, batch, dtype)
-        return LayerPlan(shape.layer, str(shape), "-", "-", held, held, own, uncompressed)
-    kept, tokens = held, context
-    if evicts(layer, shape.window):
-        assert layer.eviction is not None
-        budget = layer.eviction.budget
-        if isinstance(budget, float):
-            budget = max(int(budget * context), layer.least_budget)
-        kept = tokens = held if budget is None else min(budget, held)
-    own = _bytes(shape, layer, tokens, batch, dtype)
-    return LayerPlan(shape.layer, str(shape), layer.keys, layer.values, held, kept, own, uncompressed)
 
 
 def _max_context(shapes: Sequence[LayerShape], found: Plan) -> int | None:
@@ -288,14 +152,6 @@ def _with_codec(base: LayerConfig, codec: str | None) -> LayerConfig:
     return replace(base, keys=keys, values=values or keys)
 
 
-def _weights(shapes: Iterable[LayerShape]) -> dict[int, float]:
-    """Share of each layer in the tokens that are kept."""
-    shapes = list(shapes)
-    full = [shape.layer for shape in shapes if shape.window is None]
-    ends = {full[0], full[-1]} if len(full) > 2 else set()
-    return {shape.layer: BOUNDARY_WEIGHT if shape.layer in ends else 1.0 for shape in shapes}
-
-
 def _evicting_layers(
     shapes: Sequence[LayerShape], base: LayerConfig, eviction: EvictionConfig, full: str | None, sliding: str | None
 ) -> dict[int, LayerConfig]:
@@ -312,7 +168,7 @@ def _evicting_layers(
 def _kept(layers: Mapping[int, LayerConfig], tokens: int, context: int, least: int) -> dict[int, LayerConfig]:
     """The layers with their budgets, where one of weight 1 keeps `tokens`."""
     evicting = [LayerShape(index, "full") for index, layer in layers.items() if layer.eviction is not None]
-    weights = _weights(evicting)
+    weights = token_weights(evicting)
     out = dict(layers)
     for index, weight in weights.items():
         eviction = layers[index].eviction

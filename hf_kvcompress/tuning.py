@@ -21,8 +21,8 @@ from .cache import CompressedCache
 from .calibration import Calibration
 from .config import CacheConfig, LayerConfig, expect
 from .enable import enable
-from .planner import Plan, describe
-from .plans import calibration_setting
+from .planner import describe
+from .plans import Plan, calibration_setting
 from .scoring import Score, score, tokenize
 from .shapes import LayerShape, layer_shapes
 

@@ -35,7 +35,7 @@ LAYERS = [
     {"exact_copies", "host_tier"},
     {"compaction"},
     {"clustered"},
-    {"planner", "plans"},
+    {"planner", "plans", "shares"},
     {"contexts"},
     {"calibration"},
     {"footprint", "shapes", "entries", "pages", "lanes", "blocks", "lane_statistics", "lane_reading"}

@@ -10,9 +10,11 @@ from typer.testing import CliRunner
 import hf_kvcompress as kvc
 from hf_kvcompress import cli, footprint, storage
 from hf_kvcompress.config import CacheConfig, LayerConfig
-from hf_kvcompress.planner import BudgetError, describe, layer_bytes, plan, share_bytes, tokens_for_bytes
+from hf_kvcompress.footprint import layer_bytes, tokens_for_bytes
+from hf_kvcompress.planner import describe, plan
 from hf_kvcompress.policies.settings import EvictionConfig
 from hf_kvcompress.shapes import layer_shapes
+from hf_kvcompress.shares import BudgetError, share_bytes
 
 from .conformance.zoo import ENTRIES
 from .tiny_model import save_tiny

@@ -8,9 +8,9 @@ import torch
 import typer
 
 from ..harness.loading import dtype_of, load_config
-from ..planner import BudgetError
 from ..planner import plan as make_plan
 from ..policies.registry import make_policy
+from ..shares import BudgetError
 from .common import Calibrated, Dtype, Json, Model, printer, say, write_json
 from .errors import Failed
 
