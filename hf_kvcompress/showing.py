@@ -5,6 +5,7 @@ pandas and matplotlib are asked for only when they are used; `pip install 'hf_kv
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, ClassVar
@@ -19,11 +20,13 @@ class Shown:
     _bars: ClassVar[Mapping[str, tuple[str, float]]]
     _unit: ClassVar[str] = "MB"
 
+    @abstractmethod
     def _records(self) -> Sequence[Mapping[str, Any]]:
-        raise NotImplementedError
+        """The rows."""
 
+    @abstractmethod
     def _title(self) -> str:
-        raise NotImplementedError
+        """One line above the table."""
 
     def _cells(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
         """Header and rows, as text."""
